@@ -1,0 +1,202 @@
+"""What every affine grid shares: groups along K, rounding, and the search for scales.
+
+A weight matrix W [N, K] is cut into groups of `group_size` columns. Each group of a row has a scale and an
+offset; a code q in 0 … max_code stands for a value that depends on the grid. Functions take NumPy arrays or
+torch tensors alike (array API), so the solver runs them on any device and the exporters need no torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import array_api_compat
+
+Array = Any  # a NumPy array or a torch tensor
+
+# Scales tried by the search, relative to the one that just covers the group's extreme value. Clipping the
+# extreme often pays at few bits; a little above 1 pays when the other values then fall nearer to codes.
+SHRINK = tuple(0.60 + 0.025 * step for step in range(19))
+REFINEMENTS = 2
+ROWS_AT_ONCE = 4_000_000  # elements per chunk of the search: bounds its temporaries
+
+
+def namespace(array: Array) -> Any:
+    """The array API namespace (NumPy's or torch's) of `array`."""
+    return array_api_compat.array_namespace(array)
+
+
+def to_fp16(x: Array) -> Array:
+    """float32 values as they are after a trip through FP16, saturating instead of overflowing."""
+    xp = namespace(x)
+    half = xp.astype(xp.clip(x, -65504.0, 65504.0), xp.float16)
+    return xp.astype(half, xp.float32)
+
+
+def inverse(scale: Array) -> Array:
+    """1 / scale, and 0 where the scale is 0 (a group of zeros)."""
+    xp = namespace(scale)
+    zero = scale == 0
+    return xp.where(zero, xp.zeros_like(scale), 1.0 / xp.where(zero, xp.ones_like(scale), scale))
+
+
+@dataclass
+class Scales:
+    """Parameters of each group as a reader will decode them, FP32: `scale` and `offset`, both [N, G]."""
+
+    scale: Array
+    offset: Array
+
+
+@dataclass
+class QuantizedTensor:
+    """A weight matrix on its grid: codes uint8 [N, K] and the scales of its groups.
+
+    `group_index` [K] names the group of each column where groups are not in order (act-order), else None.
+    """
+
+    grid: AffineGrid
+    codes: Array
+    scales: Scales
+    group_index: Array | None = None
+
+    def decode(self) -> Array:
+        """The weights a reader sees, float32 [N, K]."""
+        return self.grid.decode(self.codes, self.grid.spread(self.scales, self.codes.shape[1], self.group_index))
+
+
+class AffineGrid(ABC):
+    """A grid on which each group's values are an affine function of the code."""
+
+    name: str
+    bits: int
+    group_size: int  # columns per group; -1 for the whole row
+
+    @property
+    def max_code(self) -> int:
+        return 2**self.bits - 1
+
+    @property
+    @abstractmethod
+    def bits_per_weight(self) -> float:
+        """Stored bits per weight, scales included (whole-row scales count as none)."""
+
+    @abstractmethod
+    def value(self, codes: Array, scale: Array, offset: Array) -> Array:
+        """The decoded float32 value of float32 `codes`, elementwise."""
+
+    @abstractmethod
+    def position(self, w: Array, scale: Array, offset: Array) -> Array:
+        """Where `w` lies on the code axis, before rounding, elementwise."""
+
+    @abstractmethod
+    def plain(self, groups: Array) -> Scales:
+        """Scales that cover the extremes of groups [M, group_size] (round-to-nearest), each [M, 1]."""
+
+    @abstractmethod
+    def candidates(self, groups: Array) -> list[Scales]:
+        """Scales the search tries for groups [M, group_size], each [M, 1]."""
+
+    @abstractmethod
+    def refit(self, groups: Array, importance: Array, codes: Array, scales: Scales) -> Scales:
+        """Least-squares scales for given float32 codes, all [M, group_size]."""
+
+    def columns_per_group(self, k: int) -> int:
+        """The group size for a matrix of `k` columns."""
+        return k if self.group_size == -1 else self.group_size
+
+    def n_groups(self, k: int) -> int:
+        """How many groups `k` columns make; the last may be short."""
+        return -(-k // self.columns_per_group(k))
+
+    def round(self, w: Array, scale: Array, offset: Array) -> Array:
+        """The nearest code of each weight, as float32."""
+        xp = namespace(w)
+        return xp.clip(xp.round(self.position(w, scale, offset)), 0.0, float(self.max_code))
+
+    def spread(self, scales: Scales, k: int, group_index: Array | None = None) -> Scales:
+        """Per-column scales [N, K] from per-group ones [N, G]."""
+        xp = namespace(scales.scale)
+        size = self.columns_per_group(k)
+        if group_index is None:
+            group_index = xp.arange(k, device=array_api_compat.device(scales.scale)) // size
+        return Scales(xp.take(scales.scale, group_index, axis=1), xp.take(scales.offset, group_index, axis=1))
+
+    def encode(self, w: Array, columns: Scales) -> Array:
+        """Codes uint8 [N, K] of weights [N, K] for per-column scales [N, K]."""
+        xp = namespace(w)
+        return xp.astype(self.round(w, columns.scale, columns.offset), xp.uint8)
+
+    def decode(self, codes: Array, columns: Scales) -> Array:
+        """Weights float32 [N, K] of codes [N, K] for per-column scales [N, K]."""
+        xp = namespace(codes)
+        return self.value(xp.astype(codes, xp.float32), columns.scale, columns.offset)
+
+    def fit(self, w: Array, importance: Array | None = None) -> Scales:
+        """Scales [N, G] for weights [N, K].
+
+        Without `importance` they cover each group's extremes, as plain rounding does. With it ([K], diag of the
+        Hessian) a search minimises sum(importance * (w - decoded)^2) in each group over the stored scales.
+        """
+        xp = namespace(w)
+        n, k = w.shape
+        size, n_groups = self.columns_per_group(k), self.n_groups(k)
+        rows = max(1, ROWS_AT_ONCE // k)
+        parts = []
+        for start in range(0, n, rows):
+            groups = self._cut(w[start : start + rows, :], size, n_groups)
+            if importance is None:
+                parts.append(self.plain(groups))
+            else:
+                weights = self._cut(xp.reshape(importance, (1, k)), size, n_groups)
+                weights = xp.reshape(
+                    xp.broadcast_to(
+                        xp.reshape(weights, (1, n_groups, size)), (groups.shape[0] // n_groups, n_groups, size)
+                    ),
+                    groups.shape,
+                )
+                parts.append(self._search(groups, weights))
+        scale = xp.reshape(xp.concat([part.scale for part in parts], axis=0), (n, n_groups))
+        offset = xp.reshape(xp.concat([part.offset for part in parts], axis=0), (n, n_groups))
+        return Scales(scale, offset)
+
+    def plain_rounding(self, w: Array) -> QuantizedTensor:
+        """Round-to-nearest without calibration: the baseline."""
+        scales = self.fit(w)
+        return QuantizedTensor(self, self.encode(w, self.spread(scales, w.shape[1])), scales)
+
+    def _cut(self, w: Array, size: int, n_groups: int) -> Array:
+        """[N, K] as [N * G, size]; a short last group is filled with its own last column (no new extremes)."""
+        xp = namespace(w)
+        n, k = w.shape
+        short = n_groups * size - k
+        if short:
+            w = xp.concat([w, xp.broadcast_to(w[:, k - 1 :], (n, short))], axis=1)
+        return xp.reshape(w, (n * n_groups, size))
+
+    def _error(self, groups: Array, importance: Array, scales: Scales) -> tuple[Array, Array]:
+        """Weighted squared error [M, 1] and the codes that give it."""
+        xp = namespace(groups)
+        codes = self.round(groups, scales.scale, scales.offset)
+        gap = groups - self.value(codes, scales.scale, scales.offset)
+        return xp.sum(importance * gap * gap, axis=1, keepdims=True), codes
+
+    def _search(self, groups: Array, importance: Array) -> Scales:
+        xp = namespace(groups)
+        best = self.plain(groups)
+        best_error, best_codes = self._error(groups, importance, best)
+
+        def keep(trial: Scales) -> None:
+            nonlocal best, best_error, best_codes
+            error, codes = self._error(groups, importance, trial)
+            better = error < best_error
+            best = Scales(xp.where(better, trial.scale, best.scale), xp.where(better, trial.offset, best.offset))
+            best_codes = xp.where(better, codes, best_codes)
+            best_error = xp.where(better, error, best_error)
+
+        for trial in self.candidates(groups):
+            keep(trial)
+        for _ in range(REFINEMENTS):
+            keep(self.refit(groups, importance, best_codes, best))
+        return best

@@ -1,0 +1,199 @@
+"""Every dense Qwen as one config-driven decoder, with Hugging Face's parameter names.
+
+Shapes: hidden states [batch, seq, hidden]; heads [batch, n_heads, seq, head_dim]. Rotary tables, the norms'
+sums and softmax are FP32. The layer is split at the inputs of its linear parts (`attention_input`, `attend`,
+`mlp_input`, `gated`), because the quantizer needs each of them once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen_quant.spec import ModelSpec
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Rotary(nn.Module):
+    """Tables of rotary position embeddings (Su et al. 2021, arXiv:2104.09864), half-split as in GPT-NeoX."""
+
+    inv_freq: Tensor
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
+        self.register_buffer("inv_freq", spec.rope_theta**-exponents, persistent=False)  # [head_dim / 2]
+
+    def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin for positions start … start + length - 1, each [length, head_dim], FP32."""
+        positions = torch.arange(start, start + length, device=self.inv_freq.device, dtype=torch.float32)
+        angles = torch.outer(positions, self.inv_freq)
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply rotary embeddings to x [batch, heads, seq, head_dim]."""
+    cos, sin = table
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x.float() * cos + turned * sin).to(x.dtype)
+
+
+class KVCache:
+    """Keys (after rotation) and values of one layer, each [batch, n_kv_heads, seq, head_dim]."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add new positions and return all of them."""
+        if self.keys is not None and self.values is not None:
+            keys = torch.cat((self.keys, keys), dim=2)
+            values = torch.cat((self.values, values), dim=2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with optional Q/K/V bias (Qwen2) and per-head Q/K norms (Qwen3)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.q_proj = nn.Linear(spec.hidden_size, spec.q_size, bias=spec.qkv_bias)
+        self.k_proj = nn.Linear(spec.hidden_size, spec.kv_size, bias=spec.qkv_bias)
+        self.v_proj = nn.Linear(spec.hidden_size, spec.kv_size, bias=spec.qkv_bias)
+        self.o_proj = nn.Linear(spec.q_size, spec.hidden_size, bias=spec.output_bias)
+        if spec.qk_norm:
+            self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps)
+            self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps)
+
+    def _heads(self, x: Tensor, n_heads: int) -> Tensor:
+        """[batch, seq, n_heads * head_dim] as [batch, seq, n_heads, head_dim]."""
+        return x.unflatten(-1, (n_heads, self.spec.head_dim))
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+        """Context vectors [batch, seq, q_size]: the input of o_proj."""
+        spec = self.spec
+        queries = self._heads(self.q_proj(x), spec.num_attention_heads)
+        keys = self._heads(self.k_proj(x), spec.num_key_value_heads)
+        values = self._heads(self.v_proj(x), spec.num_key_value_heads).transpose(1, 2)
+        if spec.qk_norm:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries = rotate(queries.transpose(1, 2), table)
+        keys = rotate(keys.transpose(1, 2), table)
+        if cache is not None:
+            keys, values = cache.append(keys, values)
+        new, total = queries.shape[2], keys.shape[2]
+        mask = None
+        if 1 < new < total:  # a chunk on top of a filled cache: row i sees positions up to total - new + i
+            mask = torch.ones(new, total, dtype=torch.bool, device=x.device).tril(total - new)
+        grouped = spec.num_attention_heads != spec.num_key_value_heads
+        context = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=new == total and new > 1, enable_gqa=grouped
+        )
+        return context.transpose(1, 2).flatten(2)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """silu(gate(x)) * up(x) [batch, seq, intermediate]: the input of down_proj."""
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)
+
+
+class DecoderLayer(nn.Module):
+    """One decoder layer; `forward` composes the stages that the quantizer also calls one by one."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.self_attn = Attention(spec)
+        self.mlp = MLP(spec)
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+
+    def attention_input(self, hidden: Tensor) -> Tensor:
+        """What q_proj, k_proj and v_proj read."""
+        return self.input_layernorm(hidden)
+
+    def attend(self, x: Tensor, table: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+        """What o_proj reads, from what q_proj, k_proj and v_proj read."""
+        return self.self_attn(x, table, cache)
+
+    def mlp_input(self, hidden: Tensor) -> Tensor:
+        """What gate_proj and up_proj read."""
+        return self.post_attention_layernorm(hidden)
+
+    def forward(
+        self, hidden: Tensor, table: tuple[Tensor, Tensor], cache: KVCache | None = None
+    ) -> Tensor:  # [batch, seq, hidden]
+        context = self.attend(self.attention_input(hidden), table, cache)
+        hidden = hidden + self.self_attn.o_proj(context)
+        return hidden + self.mlp.down_proj(self.mlp.gated(self.mlp_input(hidden)))
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: Hugging Face's `model.` prefix."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(spec) for _ in range(spec.num_hidden_layers))
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+
+
+class Model(nn.Module):
+    """A causal language model; `state_dict` has exactly the names of a Hugging Face checkpoint."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.model = Decoder(spec)
+        self.rotary = Rotary(spec)
+        if not spec.tie_word_embeddings:
+            self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+
+    def new_cache(self) -> list[KVCache]:
+        """An empty cache for each layer."""
+        return [KVCache() for _ in range(self.spec.num_hidden_layers)]
+
+    def hidden_states(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """Final-norm outputs [batch, seq, hidden] of tokens [batch, seq], after what `caches` hold."""
+        past = 0 if caches is None or caches[0].keys is None else caches[0].keys.shape[2]
+        hidden = self.model.embed_tokens(tokens)
+        table = self.rotary(past, tokens.shape[1])
+        for index, layer in enumerate(self.model.layers):
+            hidden = layer(hidden, table, None if caches is None else caches[index])
+        return self.model.norm(hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocab] of final-norm outputs."""
+        tied = self.spec.tie_word_embeddings
+        return F.linear(hidden, self.model.embed_tokens.weight if tied else self.lm_head.weight)
+
+    def forward(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """Logits [batch, seq, vocab]."""
+        return self.head(self.hidden_states(tokens, caches))

@@ -1,0 +1,80 @@
+"""Fixtures shared by all tests: tiny checkpoints made on the spot, and the bundled reference model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qwen_quant.checkpoint import resolve_model
+from qwen_quant.safetensors import Planned, SafetensorsWriter, f32_to_bf16
+from qwen_quant.spec import ModelSpec
+
+TINY = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 320,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 2,
+    "bos_token_id": 0,
+}
+
+
+def write_random_checkpoint(folder: Path, config: dict, seed: int = 0, shards: int = 1) -> Path:
+    """A checkpoint of random BF16 weights, scaled so that activations stay tame."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(seed)
+    infos = ModelSpec.from_config(config).tensors()
+    names = ["model.safetensors"]
+    if shards > 1:
+        names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    placed = {info.name: names[i * shards // len(infos)] for i, info in enumerate(infos)}
+    for name in names:
+        mine = [info for info in infos if placed[info.name] == name]
+        with SafetensorsWriter(folder / name, [Planned(i.name, "BF16", i.shape) for i in mine]) as writer:
+            for info in mine:
+                noise = rng.standard_normal(info.shape).astype(np.float32)
+                if info.role == "norm":
+                    values = 1 + 0.1 * noise
+                elif info.role == "bias":
+                    values = 0.5 * noise
+                elif info.role == "linear":
+                    values = noise / np.sqrt(info.shape[1])
+                else:
+                    values = 0.5 * noise
+                writer.write(info.name, f32_to_bf16(values))
+    if shards > 1:
+        index = {"metadata": {}, "weight_map": placed}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes a random tiny checkpoint; keyword arguments override its config."""
+
+    def make(seed: int = 0, shards: int = 1, name: str = "model", **changes: object) -> Path:
+        return write_random_checkpoint(tmp_path / name, {**TINY, **changes}, seed, shards)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The bundled reference checkpoint."""
+    return resolve_model("reference")
