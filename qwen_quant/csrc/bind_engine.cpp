@@ -1,0 +1,69 @@
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "bind.h"
+#include "engine.h"
+#include "error.h"
+
+namespace nb = nanobind;
+
+namespace qq {
+
+namespace {
+
+using Tokens = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// Between chunks Python may run its signal handlers, so that Ctrl-C ends a long prompt.
+FloatArray forward(Engine& engine, const Tokens& tokens, int64_t n_past, bool all_logits) {
+    const int64_t n = static_cast<int64_t>(tokens.shape(0));
+    const size_t n_vocab = static_cast<size_t>(engine.config().n_vocab);
+    engine.begin(tokens.data(), n, n_past);
+    FloatArray logits = all_logits ? new_floats({static_cast<size_t>(n), n_vocab}) : new_floats({n_vocab});
+    for (int64_t done = 0; done < n;) {
+        const int64_t take = std::min(Engine::kChunk, n - done);
+        const bool last = done + take == n;
+        const Logits which = all_logits ? Logits::kAll : last ? Logits::kLast : Logits::kNone;
+        float* out = logits.data() + (all_logits ? static_cast<size_t>(done) * n_vocab : 0);
+        {
+            nb::gil_scoped_release release;
+            engine.step(tokens.data() + done, take, which, out);
+        }
+        done += take;
+        if (PyErr_CheckSignals() != 0) nb::raise_python_error();
+    }
+    return logits;
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+    nb::class_<Engine>(m, "Engine", "Runs the model of a GGUF file on the CPU.")
+        .def("__init__",
+             [](Engine* self, std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx) {
+                 new (self) Engine(std::move(file), n_threads, isa, n_ctx);
+             },
+             nb::arg("file"), nb::arg("n_threads") = 0, nb::arg("isa") = "auto", nb::arg("n_ctx") = 0)
+        .def("__init__",
+             [](Engine* self, const std::string& path, int n_threads, const std::string& isa, int64_t n_ctx) {
+                 new (self) Engine(std::make_shared<GgufFile>(path), n_threads, isa, n_ctx);
+             },
+             nb::arg("path"), nb::arg("n_threads") = 0, nb::arg("isa") = "auto", nb::arg("n_ctx") = 0)
+        .def("forward", &forward, nb::arg("tokens"), nb::arg("n_past"), nb::arg("all_logits") = false,
+             "Appends tokens after the first n_past of the context; logits [V] of the last, or [T, V] of all.")
+        .def("reset", &Engine::reset)
+        .def_prop_ro("n_past", &Engine::n_past)
+        .def_prop_ro("n_vocab", [](const Engine& e) { return e.config().n_vocab; })
+        .def_prop_ro("n_ctx", &Engine::n_ctx)
+        .def_prop_ro("n_ctx_train", [](const Engine& e) { return e.config().context; })
+        .def_prop_ro("architecture", [](const Engine& e) { return e.config().architecture; })
+        .def_prop_ro("isa", [](const Engine& e) { return e.kernels().isa; })
+        .def_prop_ro("n_threads", &Engine::n_threads)
+        .def_prop_ro("weight_bytes", &Engine::weight_bytes)
+        .def_prop_ro("kv_bytes", &Engine::kv_bytes)
+        .def_prop_ro("scratch_bytes", &Engine::scratch_bytes);
+}
+
+}  // namespace qq

@@ -1,0 +1,56 @@
+// Chooses the kernels at run time.
+#include <cstring>
+
+#include "kernels.h"
+
+namespace qq {
+
+namespace {
+
+constexpr int kMaxIsas = 4;
+
+struct Available {
+    const Kernels* kernels[kMaxIsas] = {};
+    const char* names[kMaxIsas + 1] = {};
+    int count = 0;
+
+    void add(const Kernels* k) {
+        kernels[count] = k;
+        names[count++] = k->isa;
+    }
+
+    Available() {
+        add(scalar_kernels());
+#ifdef QQ_X86
+        __builtin_cpu_init();
+        const bool avx2 =
+            __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+        if (avx2) add(avx2_kernels());
+        if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+            __builtin_cpu_supports("avx512vnni")) {
+            add(avx512vnni_kernels());
+        }
+#endif
+    }
+};
+
+const Available& available() {
+    static const Available list;
+    return list;
+}
+
+}  // namespace
+
+const Kernels* find_kernels(const char* isa) {
+    const Available& list = available();
+    if (std::strcmp(isa, "auto") == 0) return list.kernels[list.count - 1];
+    for (int i = 0; i < list.count; ++i) {
+        if (std::strcmp(isa, list.names[i]) == 0) return list.kernels[i];
+    }
+    return nullptr;
+}
+
+const char* const* available_isas() { return available().names; }
+
+}  // namespace qq

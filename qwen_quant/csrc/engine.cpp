@@ -1,0 +1,153 @@
+#include "engine.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "error.h"
+
+namespace qq {
+
+namespace {
+
+const Kernels& kernels_or_fail(const std::string& isa) {
+    if (const Kernels* k = find_kernels(isa.c_str())) return *k;
+    std::string known;
+    for (const char* const* name = available_isas(); *name; ++name) known += std::string(", ") + *name;
+    throw RunError("isa '" + isa + "' is unknown or cannot run on this CPU; use one of auto" + known);
+}
+
+int thread_count(int asked) {
+    if (asked < 0 || asked > 1024) {
+        throw RunError("n_threads " + std::to_string(asked) + " is out of range; use 1 to 1024, or 0 for all CPUs");
+    }
+    return asked ? asked : usable_cpus();
+}
+
+int64_t widest_input(const ModelConfig& c) {
+    return std::max({c.hidden, c.intermediate, c.n_heads * c.head_dim});
+}
+
+}  // namespace
+
+Engine::Engine(std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx)
+    : file_(std::move(file)),
+      kernels_(&kernels_or_fail(isa)),
+      model_(load_model(*file_, *kernels_)),
+      team_(thread_count(n_threads)),
+      kv_(model_.config.n_layers, model_.config.n_kv_heads, model_.config.head_dim),
+      n_ctx_(n_ctx > 0 ? n_ctx : model_.config.context),
+      scratch_(static_cast<size_t>(team_.size())) {}
+
+size_t Engine::weight_bytes() const {
+    size_t total = 0;
+    for (const GgufTensor& tensor : file_->tensors()) total += tensor.nbytes;
+    return total;
+}
+
+size_t Engine::scratch_bytes() const {
+    size_t total = (rope_cos_.size() + rope_sin_.size()) * sizeof(float);
+    for (const Buffer* b : {&hidden_, &qkv_, &attended_, &gate_, &up_, &residual_, &shared_floats_, &shared_int8_}) {
+        total += b->bytes();
+    }
+    for (const Scratch& s : scratch_) total += s.activations.bytes() + s.int8.bytes() + s.attention.bytes();
+    return total;
+}
+
+void Engine::reset() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    n_past_ = 0;
+    kv_.clear();
+}
+
+void Engine::begin(const int32_t* tokens, int64_t n_tokens, int64_t n_past) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (n_tokens < 1) throw RunError("no tokens given; a prompt needs at least one");
+    if (n_past < 0 || n_past > n_past_) {
+        throw RunError("n_past is " + std::to_string(n_past) + ", the context holds " + std::to_string(n_past_) +
+                       " tokens; pass 0 to start again");
+    }
+    for (int64_t i = 0; i < n_tokens; ++i) {
+        if (tokens[i] < 0 || tokens[i] >= model_.config.n_vocab) {
+            throw RunError("token id " + std::to_string(tokens[i]) + " at position " + std::to_string(i) +
+                           " is outside the vocabulary of " + std::to_string(model_.config.n_vocab) +
+                           "; use the tokenizer stored in " + file_->path());
+        }
+    }
+    if (n_tokens > n_ctx_ - n_past) {
+        throw RunError(file_->path() + ": " + std::to_string(n_past + n_tokens) + " tokens exceed the context of " +
+                       std::to_string(n_ctx_) + "; shorten the prompt, generate less, or raise n_ctx");
+    }
+    n_past_ = n_past;
+}
+
+void Engine::step(const int32_t* tokens, int64_t n_tokens, Logits which, float* logits) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (n_tokens > kChunk) throw RunError("more tokens in one step than Engine::kChunk");
+    reserve_scratch(n_tokens);
+    extend_rope_tables(n_past_ + n_tokens);
+    kv_.reserve(n_past_ + n_tokens);
+    not_finite_.store(-1);
+    const StepState state{tokens, n_tokens, n_past_, which, logits};
+    team_.run([&](int id) { walk(id, state); });
+    const int64_t bad = not_finite_.load();
+    if (bad >= 0) {
+        const bool at_end = bad == model_.config.n_layers;
+        throw RunError(file_->path() + ": " +
+                       (at_end ? "a logit that is not finite" :
+                                 "an activation that is not finite enters layer " + std::to_string(bad)) +
+                       "; the weights are damaged or overflow, export the file again");
+    }
+    n_past_ += n_tokens;
+}
+
+void Engine::reserve_scratch(int64_t n_tokens) {
+    if (n_tokens <= capacity_) return;
+    const ModelConfig& c = model_.config;
+    const size_t rows = static_cast<size_t>(n_tokens);
+    const size_t width = static_cast<size_t>(widest_input(c));
+    const size_t q_dim = static_cast<size_t>(c.n_heads * c.head_dim);
+    const size_t kv_dim = static_cast<size_t>(c.n_kv_heads * c.head_dim);
+    capacity_ = 0;
+    hidden_ = Buffer(rows * c.hidden * sizeof(float));
+    residual_ = Buffer(rows * c.hidden * sizeof(float));
+    qkv_ = Buffer(rows * (q_dim + 2 * kv_dim) * sizeof(float));
+    attended_ = Buffer(rows * q_dim * sizeof(float));
+    gate_ = Buffer(rows * c.intermediate * sizeof(float));
+    up_ = Buffer(rows * c.intermediate * sizeof(float));
+    shared_floats_ = Buffer(rows * c.hidden * sizeof(float));
+    shared_int8_ = Buffer(rows * ((q8_row_bytes(width) + 63) / 64 * 64));
+    for (Scratch& s : scratch_) {
+        s.activations = Buffer(width * sizeof(float));
+        s.int8 = Buffer(q8_row_bytes(width));
+        // Per row of the softmax: query, sum of values, scores, and three running numbers.
+        const int64_t attention_rows = kTokenGroup * (c.n_heads / c.n_kv_heads);
+        s.attention = Buffer(static_cast<size_t>(attention_rows * (2 * c.head_dim + kKeyBlock + 3)) * sizeof(float));
+    }
+    capacity_ = n_tokens;
+}
+
+// As transformers computes them: inverse frequencies and angles in FP32.
+void Engine::extend_rope_tables(int64_t n_tokens) {
+    const int64_t half = model_.config.head_dim / 2;
+    const int64_t have = static_cast<int64_t>(rope_cos_.size()) / half;
+    if (n_tokens <= have) return;
+    const int64_t wanted = (n_tokens + KvCache::kPage - 1) / KvCache::kPage * KvCache::kPage;
+    rope_cos_.resize(static_cast<size_t>(wanted * half));
+    rope_sin_.resize(static_cast<size_t>(wanted * half));
+    for (int64_t i = 0; i < half; ++i) {
+        const float exponent = static_cast<float>(2 * i) / static_cast<float>(2 * half);
+        const float inverse_frequency = 1.0f / std::pow(model_.config.rope_theta, exponent);
+        for (int64_t position = have; position < wanted; ++position) {
+            const double angle = static_cast<float>(position) * inverse_frequency;
+            rope_cos_[position * half + i] = static_cast<float>(std::cos(angle));
+            rope_sin_[position * half + i] = static_cast<float>(std::sin(angle));
+        }
+    }
+}
+
+void Engine::report_not_finite(int64_t layer) {
+    int64_t seen = not_finite_.load();
+    while ((seen < 0 || layer < seen) && !not_finite_.compare_exchange_weak(seen, layer)) {}
+}
+
+}  // namespace qq

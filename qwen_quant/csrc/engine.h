@@ -1,0 +1,103 @@
+// Runs a model: one call per chunk of tokens, in which all threads walk through the layers together.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "buffer.h"
+#include "gguf.h"
+#include "kernels.h"
+#include "kv_cache.h"
+#include "model.h"
+#include "threads.h"
+
+namespace qq {
+
+enum class Logits { kNone, kLast, kAll };
+
+class Engine {
+public:
+    static constexpr int64_t kChunk = 256;  // most tokens that one step takes
+
+    // n_threads 0: as many as the process may use. n_ctx 0: what the model was made for.
+    Engine(std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx);
+
+    // Checks tokens and context for a whole request, before its first chunk, and forgets what lies beyond n_past.
+    void begin(const int32_t* tokens, int64_t n_tokens, int64_t n_past);
+    // Appends up to kChunk tokens to the context. logits: [n_vocab] or [n_tokens, n_vocab] as asked.
+    void step(const int32_t* tokens, int64_t n_tokens, Logits which, float* logits);
+    void reset();
+
+    const ModelConfig& config() const { return model_.config; }
+    const GgufFile& file() const { return *file_; }
+    const Kernels& kernels() const { return *kernels_; }
+    int64_t n_past() const { return n_past_; }
+    int64_t n_ctx() const { return n_ctx_; }
+    int n_threads() const { return team_.size(); }
+    size_t weight_bytes() const;
+    size_t kv_bytes() const { return kv_.bytes(); }
+    size_t scratch_bytes() const;
+
+private:
+    // Rows of activations as float and, where a weight wants them, as int8.
+    struct Activations {
+        float* floats;
+        int64_t ld;  // floats per row
+        uint8_t* int8;
+        size_t int8_row_bytes;
+    };
+    static constexpr int64_t kKeyBlock = 64;   // cache positions per softmax block; divides a page
+    static constexpr int64_t kTokenGroup = 4;  // tokens that share each read of a key and value
+    struct Scratch {  // of one thread
+        Buffer activations, int8, attention;
+    };
+    struct StepState {
+        const int32_t* tokens;
+        int64_t n_tokens;
+        int64_t first;  // position of tokens[0]
+        Logits which;
+        float* logits;
+    };
+
+    void reserve_scratch(int64_t n_tokens);
+    void extend_rope_tables(int64_t n_tokens);
+
+    // What each thread runs.
+    void walk(int id, const StepState& s);
+    void embed(int id, const StepState& s);
+    void project_qkv(int id, const StepState& s, int64_t layer);
+    void finish_head(const StepState& s, int64_t layer, int64_t unit);
+    void attend(int id, const StepState& s, int64_t layer);
+    void attend_group(int id, const StepState& s, int64_t layer, int64_t kv_head, int64_t t0, int64_t t1);
+    void project_residual(int id, const StepState& s, const Matrix& weight, float* source);
+    void feed_forward(int id, const StepState& s, int64_t layer);
+    void output(int id, const StepState& s);
+
+    Activations normalized(int id, const float* x, int64_t n_tokens, const std::vector<float>& weight, int64_t layer,
+                           bool int8);
+    Activations prepared(int id, float* x, int64_t k, int64_t n_tokens, bool int8);
+    void multiply(const Matrix& weight, Range rows, const Activations& x, int64_t n_tokens, float* y, int64_t ldy);
+    bool wants_int8(const Matrix& m) const { return kernels_->types[m.type].int8_activations; }
+    void report_not_finite(int64_t layer);
+
+    std::shared_ptr<GgufFile> file_;
+    const Kernels* kernels_;
+    Model model_;
+    ThreadTeam team_;
+    KvCache kv_;
+    int64_t n_ctx_;
+    int64_t n_past_ = 0;
+
+    int64_t capacity_ = 0;              // tokens that the buffers below are made for
+    Buffer hidden_, qkv_, attended_, gate_, up_, residual_;
+    Buffer shared_floats_, shared_int8_;
+    std::vector<Scratch> scratch_;
+    std::vector<float> rope_cos_, rope_sin_;  // [positions, head_dim / 2]
+    std::atomic<int64_t> not_finite_{-1};     // first layer that saw something not finite, n_layers for the output
+    std::mutex mutex_;
+};
+
+}  // namespace qq

@@ -1,0 +1,234 @@
+// One step through the model. Every function here runs on all threads at once; rows of each weight matrix are divided
+// among them, and a barrier stands wherever a stage reads what other threads wrote.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "engine.h"
+
+namespace qq {
+
+void Engine::walk(int id, const StepState& s) {
+    embed(id, s);
+    team_.barrier();
+    for (int64_t layer = 0; layer < model_.config.n_layers; ++layer) {
+        project_qkv(id, s, layer);
+        team_.barrier();
+        attend(id, s, layer);
+        team_.barrier();
+        project_residual(id, s, model_.layers[layer].o, attended_.as<float>());
+        team_.barrier();
+        feed_forward(id, s, layer);
+        team_.barrier();
+        project_residual(id, s, model_.layers[layer].down, gate_.as<float>());
+        team_.barrier();
+    }
+    output(id, s);
+}
+
+void Engine::embed(int id, const StepState& s) {
+    const Matrix& table = model_.embedding;
+    const Range tokens = share(s.n_tokens, id, team_.size());
+    for (int64_t t = tokens.begin; t < tokens.end; ++t) {
+        kernels_->types[table.type].dequantize(table.data + s.tokens[t] * table.row_bytes, table.cols,
+                                               hidden_.as<float>() + t * table.cols);
+    }
+}
+
+// One token: every thread makes the whole row for itself, which is cheaper than meeting at another barrier.
+// Several: each thread makes its share, and all meet.
+Engine::Activations Engine::normalized(int id, const float* x, int64_t n_tokens, const std::vector<float>& weight,
+                                       int64_t layer, bool int8) {
+    const int64_t k = static_cast<int64_t>(weight.size());
+    const bool alone = n_tokens == 1;
+    Activations a;
+    a.floats = alone ? scratch_[id].activations.as<float>() : shared_floats_.as<float>();
+    a.ld = k;
+    a.int8 = alone ? scratch_[id].int8.data() : shared_int8_.data();
+    a.int8_row_bytes = (q8_row_bytes(k) + 63) / 64 * 64;
+    const Range tokens = alone ? Range{0, 1} : share(n_tokens, id, team_.size());
+    for (int64_t t = tokens.begin; t < tokens.end; ++t) {
+        float* out = a.floats + t * k;
+        const float mean = kernels_->rms_norm(x + t * k, weight.data(), k, model_.config.rms_eps, out);
+        if (!std::isfinite(mean)) report_not_finite(layer);
+        if (int8) kernels_->quantize_row(out, k, a.int8 + t * a.int8_row_bytes);
+    }
+    if (!alone) team_.barrier();
+    return a;
+}
+
+Engine::Activations Engine::prepared(int id, float* x, int64_t k, int64_t n_tokens, bool int8) {
+    const bool alone = n_tokens == 1;
+    Activations a;
+    a.floats = x;
+    a.ld = k;
+    a.int8 = alone ? scratch_[id].int8.data() : shared_int8_.data();
+    a.int8_row_bytes = (q8_row_bytes(k) + 63) / 64 * 64;
+    if (!int8) return a;
+    const Range tokens = alone ? Range{0, 1} : share(n_tokens, id, team_.size());
+    for (int64_t t = tokens.begin; t < tokens.end; ++t) {
+        kernels_->quantize_row(x + t * k, k, a.int8 + t * a.int8_row_bytes);
+    }
+    if (!alone) team_.barrier();
+    return a;
+}
+
+// y[t * ldy + r] for the given rows r of the weight
+void Engine::multiply(const Matrix& weight, Range rows, const Activations& x, int64_t n_tokens, float* y,
+                      int64_t ldy) {
+    if (rows.begin >= rows.end) return;
+    const bool int8 = wants_int8(weight);
+    MatmulArgs args;
+    args.weights = weight.data + rows.begin * weight.row_bytes;
+    args.row_bytes = weight.row_bytes;
+    args.n_rows = rows.end - rows.begin;
+    args.k = weight.cols;
+    args.x = int8 ? x.int8 : reinterpret_cast<const uint8_t*>(x.floats);
+    args.x_row_bytes = int8 ? x.int8_row_bytes : static_cast<size_t>(x.ld) * sizeof(float);
+    args.n_tokens = n_tokens;
+    args.y = y + rows.begin;
+    args.ldy = ldy;
+    kernels_->types[weight.type].matmul(args);
+}
+
+// Whole heads go to one thread, which then finishes them: bias, QK-norm, RoPE, and the write to the cache.
+void Engine::project_qkv(int id, const StepState& s, int64_t index) {
+    const ModelConfig& c = model_.config;
+    const Layer& layer = model_.layers[index];
+    const bool int8 = wants_int8(layer.q) || wants_int8(layer.k) || wants_int8(layer.v);
+    const Activations x = normalized(id, hidden_.as<float>(), s.n_tokens, layer.attn_norm, index, int8);
+
+    const int64_t width = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim;
+    const Range heads = share(c.n_heads + 2 * c.n_kv_heads, id, team_.size());
+    const Matrix* weights[] = {&layer.q, &layer.k, &layer.v};
+    int64_t first = 0;  // head number at which this matrix begins
+    for (const Matrix* w : weights) {
+        const int64_t n = w->rows / c.head_dim;
+        const int64_t begin = std::clamp<int64_t>(heads.begin - first, 0, n);
+        const int64_t end = std::clamp<int64_t>(heads.end - first, 0, n);
+        multiply(*w, {begin * c.head_dim, end * c.head_dim}, x, s.n_tokens, qkv_.as<float>() + first * c.head_dim,
+                 width);
+        first += n;
+    }
+    for (int64_t unit = heads.begin; unit < heads.end; ++unit) finish_head(s, index, unit);
+}
+
+void Engine::finish_head(const StepState& s, int64_t index, int64_t unit) {
+    const ModelConfig& c = model_.config;
+    const Layer& layer = model_.layers[index];
+    const int64_t dim = c.head_dim, width = (c.n_heads + 2 * c.n_kv_heads) * dim;
+    const bool is_q = unit < c.n_heads, is_v = unit >= c.n_heads + c.n_kv_heads;
+    const int64_t head = is_q ? unit : is_v ? unit - c.n_heads - c.n_kv_heads : unit - c.n_heads;
+    const std::vector<float>& bias = is_q ? layer.q_bias : is_v ? layer.v_bias : layer.k_bias;
+    const std::vector<float>& norm = is_q ? layer.q_norm : layer.k_norm;
+    const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+    for (int64_t t = 0; t < s.n_tokens; ++t) {
+        const int64_t position = s.first + t;
+        float* x = qkv_.as<float>() + t * width + unit * dim;
+        if (!bias.empty()) kernels_->add(x, bias.data() + head * dim, dim);
+        if (is_v) {
+            kernels_->to_half(x, dim, kv_.value(index, head, position));
+            continue;
+        }
+        if (!norm.empty()) kernels_->rms_norm(x, norm.data(), dim, c.rms_eps, x);
+        kernels_->rope(x, rope_cos_.data() + position * (dim / 2), rope_sin_.data() + position * (dim / 2), dim / 2);
+        if (is_q) {
+            for (int64_t i = 0; i < dim; ++i) x[i] *= scale;
+        } else {
+            kernels_->to_half(x, dim, kv_.key(index, head, position));
+        }
+    }
+}
+
+void Engine::attend(int id, const StepState& s, int64_t layer) {
+    const ModelConfig& c = model_.config;
+    const int64_t groups = (s.n_tokens + kTokenGroup - 1) / kTokenGroup;
+    // Later tokens see more keys: taking every n-th group gives all threads the same mix.
+    for (int64_t item = id; item < groups * c.n_kv_heads; item += team_.size()) {
+        const int64_t t0 = item / c.n_kv_heads * kTokenGroup;
+        attend_group(id, s, layer, item % c.n_kv_heads, t0, std::min(t0 + kTokenGroup, s.n_tokens));
+    }
+}
+
+// Tokens [t0, t1), and all query heads that share one key/value head: rows (token, head) of an online softmax.
+void Engine::attend_group(int id, const StepState& s, int64_t layer, int64_t kv_head, int64_t t0, int64_t t1) {
+    const ModelConfig& c = model_.config;
+    const int64_t dim = c.head_dim, per_kv = c.n_heads / c.n_kv_heads, n_rows = (t1 - t0) * per_kv;
+    const int64_t width = (c.n_heads + 2 * c.n_kv_heads) * dim;
+    float* q = scratch_[id].attention.as<float>();
+    float* acc = q + n_rows * dim;
+    float* scores = acc + n_rows * dim;
+    float* top = scores + n_rows * kKeyBlock;
+    float* sum = top + n_rows;
+    float* rescale = sum + n_rows;
+
+    for (int64_t t = t0; t < t1; ++t) {
+        std::memcpy(q + (t - t0) * per_kv * dim, qkv_.as<float>() + t * width + kv_head * per_kv * dim,
+                    static_cast<size_t>(per_kv * dim) * sizeof(float));
+    }
+    std::fill(acc, acc + n_rows * dim, 0.0f);
+    std::fill(top, top + n_rows, -std::numeric_limits<float>::infinity());
+    std::fill(sum, sum + n_rows, 0.0f);
+
+    const int64_t end = s.first + t1;
+    for (int64_t begin = 0; begin < end; begin += kKeyBlock) {
+        const int64_t n = std::min(kKeyBlock, end - begin);
+        kernels_->attend_scores(q, n_rows, kv_.key(layer, kv_head, begin), n, dim, scores, kKeyBlock);
+        for (int64_t row = 0; row < n_rows; ++row) {
+            const int64_t visible = s.first + t0 + row / per_kv + 1;
+            const int64_t valid = std::clamp<int64_t>(visible - begin, 0, n);
+            rescale[row] = kernels_->softmax_block(scores + row * kKeyBlock, valid, n, top + row, sum + row);
+        }
+        kernels_->attend_values(scores, kKeyBlock, rescale, n_rows, kv_.value(layer, kv_head, begin), n, dim, acc);
+    }
+    for (int64_t row = 0; row < n_rows; ++row) {
+        const int64_t t = t0 + row / per_kv, head = kv_head * per_kv + row % per_kv;
+        float* out = attended_.as<float>() + (t * c.n_heads + head) * dim;
+        const float scale = 1.0f / sum[row];
+        for (int64_t i = 0; i < dim; ++i) out[i] = acc[row * dim + i] * scale;
+    }
+}
+
+// hidden += weight @ source
+void Engine::project_residual(int id, const StepState& s, const Matrix& weight, float* source) {
+    const Activations x = prepared(id, source, weight.cols, s.n_tokens, wants_int8(weight));
+    const Range rows = share(weight.rows, id, team_.size(), 4);
+    multiply(weight, rows, x, s.n_tokens, residual_.as<float>(), weight.rows);
+    for (int64_t t = 0; t < s.n_tokens; ++t) {
+        const int64_t at = t * weight.rows + rows.begin;
+        kernels_->add(hidden_.as<float>() + at, residual_.as<float>() + at, rows.end - rows.begin);
+    }
+}
+
+void Engine::feed_forward(int id, const StepState& s, int64_t index) {
+    const Layer& layer = model_.layers[index];
+    const int64_t n = model_.config.intermediate;
+    const bool int8 = wants_int8(layer.gate) || wants_int8(layer.up);
+    const Activations x = normalized(id, hidden_.as<float>(), s.n_tokens, layer.ffn_norm, index, int8);
+    const Range rows = share(n, id, team_.size(), 4);
+    multiply(layer.gate, rows, x, s.n_tokens, gate_.as<float>(), n);
+    multiply(layer.up, rows, x, s.n_tokens, up_.as<float>(), n);
+    for (int64_t t = 0; t < s.n_tokens; ++t) {
+        const int64_t at = t * n + rows.begin;
+        kernels_->swiglu(gate_.as<float>() + at, up_.as<float>() + at, rows.end - rows.begin);
+    }
+}
+
+void Engine::output(int id, const StepState& s) {
+    if (s.which == Logits::kNone) return;
+    const ModelConfig& c = model_.config;
+    const int64_t n_tokens = s.which == Logits::kAll ? s.n_tokens : 1;
+    const float* x = hidden_.as<float>() + (s.n_tokens - n_tokens) * c.hidden;
+    const Activations last = normalized(id, x, n_tokens, model_.output_norm, c.n_layers, wants_int8(model_.head));
+    const Range rows = share(c.n_vocab, id, team_.size(), 4);
+    multiply(model_.head, rows, last, n_tokens, s.logits, c.n_vocab);
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        const float* logits = s.logits + t * c.n_vocab;
+        bool finite = true;
+        for (int64_t r = rows.begin; r < rows.end; ++r) finite &= std::isfinite(logits[r]);
+        if (!finite) report_not_finite(c.n_layers);
+    }
+}
+
+}  // namespace qq

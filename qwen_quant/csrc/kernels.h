@@ -1,0 +1,73 @@
+// The kernels that an instruction set provides, as one table of plain functions.
+// Files that implement it are compiled with their own flags, so this header holds no code that a linker could merge.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "quant_types.h"
+
+namespace qq {
+
+// A row of k activations as int8, for weights whose blocks hold 32:
+// codes int8[k], then scale float[k / 32], then scale * sum(codes) float[k / 32].
+// x ~ scale * code with scale = max|x| / 127 of the block, as llama.cpp's Q8_1.
+static inline size_t q8_row_bytes(int64_t k) { return static_cast<size_t>(k + k / kBlock * 8); }
+
+// y[t * ldy + r] = sum_k weights[r, k] * x[t, k] for r < n_rows, t < n_tokens.
+// The order of summation depends on k only, so results do not change with the number of rows or tokens.
+struct MatmulArgs {
+    const uint8_t* weights;
+    size_t row_bytes;
+    int64_t n_rows;
+    int64_t k;
+    const uint8_t* x;  // rows of float, or of int8 as above where the type asks for them
+    size_t x_row_bytes;
+    int64_t n_tokens;
+    float* y;
+    int64_t ldy;
+};
+
+struct TypeKernels {
+    void (*matmul)(const MatmulArgs&);  // nullptr: the engine cannot multiply this type
+    void (*dequantize)(const uint8_t* data, int64_t n, float* out);
+    bool int8_activations;
+};
+
+struct Kernels {
+    const char* isa;
+    TypeKernels types[kTypeCount];
+
+    void (*quantize_row)(const float* x, int64_t k, uint8_t* out);
+    // out = x / sqrt(mean(x^2) + eps) * weight; returns mean(x^2), so that the caller notices what is not finite.
+    float (*rms_norm)(const float* x, const float* weight, int64_t n, float eps, float* out);
+    // Rotates the pairs (x[i], x[i + half]) by the angles whose cosines and sines are given.
+    void (*rope)(float* x, const float* cosine, const float* sine, int64_t half);
+    // gate[i] = gate[i] / (1 + exp(-gate[i])) * up[i]
+    void (*swiglu)(float* gate, const float* up, int64_t n);
+    void (*add)(float* x, const float* y, int64_t n);
+    void (*to_half)(const float* x, int64_t n, uint16_t* out);
+
+    // Attention over one block of the cache. q [n_q, dim] is scaled already; scores are [n_q, ld_scores].
+    void (*attend_scores)(const float* q, int64_t n_q, const uint16_t* keys, int64_t n_keys, int64_t dim,
+                          float* scores, int64_t ld_scores);
+    // Online softmax: scores[0, valid) become exp(score - new max), scores[valid, n) zero; the running maximum and
+    // sum are updated; returns what earlier sums have to be multiplied with.
+    float (*softmax_block)(float* scores, int64_t valid, int64_t n, float* running_max, float* running_sum);
+    // acc [n_q, dim] = acc * rescale[q] + probabilities [n_q, ld_p] @ values [n_keys, dim]
+    void (*attend_values)(const float* probabilities, int64_t ld_p, const float* rescale, int64_t n_q,
+                          const uint16_t* values, int64_t n_keys, int64_t dim, float* acc);
+};
+
+const Kernels* scalar_kernels();
+#ifdef QQ_X86
+const Kernels* avx2_kernels();
+const Kernels* avx512vnni_kernels();
+#endif
+
+// "auto" is the best that this CPU can run; nullptr for a name that is unknown or cannot run here.
+const Kernels* find_kernels(const char* isa);
+// Names for find_kernels that this CPU can run, slowest first, ended by nullptr.
+const char* const* available_isas();
+
+}  // namespace qq

@@ -1,0 +1,229 @@
+// The reference kernels: plain C++, any CPU.
+#include <cmath>
+#include <cstring>
+
+#include "half.h"
+#include "kernels.h"
+
+namespace qq {
+
+namespace {
+
+// ---- weights ----------------------------------------------------------------------------------------------------
+
+float f32_at(const uint8_t* row, int64_t i) {
+    float value;
+    std::memcpy(&value, row + 4 * i, sizeof value);
+    return value;
+}
+float f16_at(const uint8_t* row, int64_t i) { return load_half(row + 2 * i); }
+float bf16_at(const uint8_t* row, int64_t i) { return bf16_to_float(load_u16(row + 2 * i)); }
+
+template <float (*At)(const uint8_t*, int64_t)>
+void dequantize_float(const uint8_t* data, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = At(data, i);
+}
+
+// weight = scale * code + minimum
+struct Block {
+    int8_t codes[kBlock];
+    float scale;
+    float minimum;
+};
+
+void unpack_q8_0(const uint8_t* p, Block& block) {
+    block.scale = load_half(p);
+    block.minimum = 0;
+    std::memcpy(block.codes, p + 2, kBlock);
+}
+
+void unpack_nibbles(const uint8_t* p, int offset, Block& block) {
+    for (int i = 0; i < kBlock / 2; ++i) {
+        block.codes[i] = static_cast<int8_t>((p[i] & 15) - offset);
+        block.codes[i + kBlock / 2] = static_cast<int8_t>((p[i] >> 4) - offset);
+    }
+}
+
+void unpack_q4_0(const uint8_t* p, Block& block) {
+    block.scale = load_half(p);
+    block.minimum = 0;
+    unpack_nibbles(p + 2, 8, block);
+}
+
+void unpack_q4_1(const uint8_t* p, Block& block) {
+    block.scale = load_half(p);
+    block.minimum = load_half(p + 2);
+    unpack_nibbles(p + 4, 0, block);
+}
+
+template <void (*Unpack)(const uint8_t*, Block&), int Bytes>
+void dequantize_blocks(const uint8_t* data, int64_t n, float* out) {
+    Block block;
+    for (int64_t b = 0; b < n / kBlock; ++b) {
+        Unpack(data + b * Bytes, block);
+        for (int i = 0; i < kBlock; ++i) out[b * kBlock + i] = block.scale * block.codes[i] + block.minimum;
+    }
+}
+
+// ---- matrix products --------------------------------------------------------------------------------------------
+
+template <float (*At)(const uint8_t*, int64_t)>
+void matmul_float(const MatmulArgs& a) {
+    for (int64_t r = 0; r < a.n_rows; ++r) {
+        const uint8_t* w = a.weights + r * a.row_bytes;
+        for (int64_t t = 0; t < a.n_tokens; ++t) {
+            const float* x = reinterpret_cast<const float*>(a.x + t * a.x_row_bytes);
+            float sum = 0;
+            for (int64_t i = 0; i < a.k; ++i) sum += At(w, i) * x[i];
+            a.y[t * a.ldy + r] = sum;
+        }
+    }
+}
+
+template <void (*Unpack)(const uint8_t*, Block&), int Bytes>
+void matmul_blocks(const MatmulArgs& a) {
+    const int64_t n_blocks = a.k / kBlock;
+    Block block;
+    for (int64_t r = 0; r < a.n_rows; ++r) {
+        for (int64_t t = 0; t < a.n_tokens; ++t) a.y[t * a.ldy + r] = 0;
+        for (int64_t b = 0; b < n_blocks; ++b) {
+            Unpack(a.weights + r * a.row_bytes + b * Bytes, block);
+            for (int64_t t = 0; t < a.n_tokens; ++t) {
+                const uint8_t* row = a.x + t * a.x_row_bytes;
+                const int8_t* x = reinterpret_cast<const int8_t*>(row) + b * kBlock;
+                const float* scales = reinterpret_cast<const float*>(row + a.k);
+                int32_t dot = 0;
+                for (int i = 0; i < kBlock; ++i) dot += static_cast<int32_t>(block.codes[i]) * x[i];
+                a.y[t * a.ldy + r] += block.scale * scales[b] * static_cast<float>(dot) +
+                                      block.minimum * scales[n_blocks + b];
+            }
+        }
+    }
+}
+
+void quantize_row(const float* x, int64_t k, uint8_t* out) {
+    const int64_t n_blocks = k / kBlock;
+    int8_t* codes = reinterpret_cast<int8_t*>(out);
+    float* scales = reinterpret_cast<float*>(out + k);
+    constexpr float kTiny = 1e-30f;       // smaller blocks count as zero: 127 / max would overflow
+    constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest even integer
+    for (int64_t b = 0; b < n_blocks; ++b, x += kBlock, codes += kBlock) {
+        uint32_t bits = 0;  // compared as integers, NaN is larger than every number and is not lost
+        for (int i = 0; i < kBlock; ++i) {
+            const uint32_t magnitude = float_to_bits(x[i]) & 0x7fffffffu;
+            if (magnitude > bits) bits = magnitude;
+        }
+        const float largest = bits_to_float(bits);
+        const bool usable = largest > kTiny && bits < 0x7f800000u;
+        const float inverse = usable ? 127.0f / largest : 0.0f;
+        int32_t sum = 0;
+        for (int i = 0; i < kBlock; ++i) {
+            const float rounded = usable ? (x[i] * inverse + kRound) - kRound : 0.0f;
+            codes[i] = static_cast<int8_t>(rounded);
+            sum += codes[i];
+        }
+        scales[b] = largest / 127.0f;
+        scales[n_blocks + b] = scales[b] * static_cast<float>(sum);
+        if (bits >= 0x7f800000u) scales[b] = scales[n_blocks + b] = bits_to_float(0x7fc00000u);
+    }
+}
+
+// ---- elementwise ------------------------------------------------------------------------------------------------
+
+float rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {
+    float partial[8] = {};  // eight sums: closer to the true sum than one, and vectorizable
+    for (int64_t i = 0; i < n; ++i) partial[i & 7] += x[i] * x[i];
+    float sum = 0;
+    for (float p : partial) sum += p;
+    const float mean = sum / static_cast<float>(n);
+    const float scale = 1.0f / std::sqrt(mean + eps);
+    for (int64_t i = 0; i < n; ++i) out[i] = x[i] * scale * weight[i];
+    return mean;
+}
+
+void rope(float* x, const float* cosine, const float* sine, int64_t half) {
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = x[i], b = x[i + half];
+        x[i] = a * cosine[i] - b * sine[i];
+        x[i + half] = b * cosine[i] + a * sine[i];
+    }
+}
+
+void swiglu(float* gate, const float* up, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+}
+
+void add(float* x, const float* y, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) x[i] += y[i];
+}
+
+void to_half(const float* x, int64_t n, uint16_t* out) {
+    for (int64_t i = 0; i < n; ++i) out[i] = float_to_half(x[i]);
+}
+
+// ---- attention --------------------------------------------------------------------------------------------------
+
+void attend_scores(const float* q, int64_t n_q, const uint16_t* keys, int64_t n_keys, int64_t dim, float* scores,
+                   int64_t ld_scores) {
+    for (int64_t i = 0; i < n_q; ++i) {
+        for (int64_t j = 0; j < n_keys; ++j) {
+            float sum = 0;
+            for (int64_t d = 0; d < dim; ++d) sum += q[i * dim + d] * half_to_float(keys[j * dim + d]);
+            scores[i * ld_scores + j] = sum;
+        }
+    }
+}
+
+float softmax_block(float* scores, int64_t valid, int64_t n, float* running_max, float* running_sum) {
+    float largest = *running_max;
+    for (int64_t i = 0; i < valid; ++i) largest = std::fmax(largest, scores[i]);
+    float sum = 0;
+    for (int64_t i = 0; i < valid; ++i) sum += scores[i] = std::exp(scores[i] - largest);
+    for (int64_t i = valid; i < n; ++i) scores[i] = 0;
+    const float rescale = valid > 0 ? std::exp(*running_max - largest) : 1.0f;
+    *running_max = largest;
+    *running_sum = *running_sum * rescale + sum;
+    return rescale;
+}
+
+void attend_values(const float* probabilities, int64_t ld_p, const float* rescale, int64_t n_q,
+                   const uint16_t* values, int64_t n_keys, int64_t dim, float* acc) {
+    for (int64_t i = 0; i < n_q; ++i) {
+        float* out = acc + i * dim;
+        for (int64_t d = 0; d < dim; ++d) out[d] *= rescale[i];
+        for (int64_t j = 0; j < n_keys; ++j) {
+            const float p = probabilities[i * ld_p + j];
+            for (int64_t d = 0; d < dim; ++d) out[d] += p * half_to_float(values[j * dim + d]);
+        }
+    }
+}
+
+Kernels make_table() {
+    Kernels k{};
+    k.isa = "scalar";
+    k.types[kF32] = {matmul_float<f32_at>, dequantize_float<f32_at>, false};
+    k.types[kF16] = {matmul_float<f16_at>, dequantize_float<f16_at>, false};
+    k.types[kBF16] = {matmul_float<bf16_at>, dequantize_float<bf16_at>, false};
+    k.types[kQ8_0] = {matmul_blocks<unpack_q8_0, 34>, dequantize_blocks<unpack_q8_0, 34>, true};
+    k.types[kQ4_0] = {matmul_blocks<unpack_q4_0, 18>, dequantize_blocks<unpack_q4_0, 18>, true};
+    k.types[kQ4_1] = {matmul_blocks<unpack_q4_1, 20>, dequantize_blocks<unpack_q4_1, 20>, true};
+    k.quantize_row = quantize_row;
+    k.rms_norm = rms_norm;
+    k.rope = rope;
+    k.swiglu = swiglu;
+    k.add = add;
+    k.to_half = to_half;
+    k.attend_scores = attend_scores;
+    k.softmax_block = softmax_block;
+    k.attend_values = attend_values;
+    return k;
+}
+
+}  // namespace
+
+const Kernels* scalar_kernels() {
+    static const Kernels table = make_table();
+    return &table;
+}
+
+}  // namespace qq

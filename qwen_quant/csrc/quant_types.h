@@ -1,0 +1,45 @@
+// Tensor types of GGUF: ids, names and block sizes. Q4_0 and the like store `block` weights in `bytes` bytes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace qq {
+
+enum GgmlType : uint32_t {
+    kF32 = 0,
+    kF16 = 1,
+    kQ4_0 = 2,  // half d; 16 bytes: weight i in the low nibble of byte i, i + 16 in the high one; d * (q - 8)
+    kQ4_1 = 3,  // half d, half m; nibbles as above; d * q + m
+    kQ8_0 = 8,  // half d; 32 int8; d * q
+    kBF16 = 30,
+};
+
+constexpr uint32_t kTypeCount = 40;
+constexpr int64_t kBlock = 32;  // weights in a Q4_0, Q4_1 or Q8_0 block, and activations under one int8 scale
+
+struct TypeInfo {
+    const char* name;
+    uint32_t block;
+    uint32_t bytes;
+};
+
+// nullptr for an id that GGUF does not define. Types that the engine cannot multiply are listed too,
+// so that a file holding them can still be checked and reported by name.
+inline const TypeInfo* type_info(uint32_t type) {
+    static const TypeInfo table[kTypeCount] = {
+        {"F32", 1, 4},        {"F16", 1, 2},        {"Q4_0", 32, 18},     {"Q4_1", 32, 20},
+        {nullptr, 0, 0},      {nullptr, 0, 0},      {"Q5_0", 32, 22},     {"Q5_1", 32, 24},
+        {"Q8_0", 32, 34},     {"Q8_1", 32, 40},     {"Q2_K", 256, 84},    {"Q3_K", 256, 110},
+        {"Q4_K", 256, 144},   {"Q5_K", 256, 176},   {"Q6_K", 256, 210},   {"Q8_K", 256, 292},
+        {"IQ2_XXS", 256, 66}, {"IQ2_XS", 256, 74},  {"IQ3_XXS", 256, 98}, {"IQ1_S", 256, 50},
+        {"IQ4_NL", 32, 18},   {"IQ3_S", 256, 110},  {"IQ2_S", 256, 82},   {"IQ4_XS", 256, 136},
+        {"I8", 1, 1},         {"I16", 1, 2},        {"I32", 1, 4},        {"I64", 1, 8},
+        {"F64", 1, 8},        {"IQ1_M", 256, 56},   {"BF16", 1, 2},       {nullptr, 0, 0},
+        {nullptr, 0, 0},      {nullptr, 0, 0},      {"TQ1_0", 256, 54},   {"TQ2_0", 256, 66},
+        {nullptr, 0, 0},      {nullptr, 0, 0},      {nullptr, 0, 0},      {"MXFP4", 32, 17},
+    };
+    return type < kTypeCount && table[type].name ? &table[type] : nullptr;
+}
+
+}  // namespace qq

@@ -1,0 +1,1 @@
+"""Running quantized models on the CPU; needs NumPy only."""

@@ -1,0 +1,65 @@
+"""GGUF files: metadata and decoded tensors."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_quant import _core
+from qwen_quant.errors import FormatError
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies in a GGUF file.
+
+    `shape` has the outermost dimension first, so that a weight matrix is (N, K); `offset` counts from the start
+    of the file, `nbytes` is the stored size.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class GGUFFile:
+    """A memory-mapped GGUF file, version 2 or 3, checked from end to end when it is opened.
+
+    Raises FormatError when the file is missing, cut or damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.core = _core.GGUF(os.fspath(path))
+        self.path = self.core.path
+        self.tensors = {info[0]: TensorInfo(*info) for info in self.core.tensors()}
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """Keys and values; arrays are lists, bytes that are not UTF-8 are escaped as by `os.fsdecode`."""
+        return self.core.metadata()
+
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """The stored bytes of a tensor, read-only and without a copy."""
+        return self.core.raw(name)
+
+    def read_tensor(self, name: str, isa: str = "auto") -> npt.NDArray[np.float32]:
+        """A tensor decoded to float32 in its own shape.
+
+        Raises FormatError when there is no such tensor, or its type is not one that the engine knows.
+        """
+        data = self.raw(name)
+        info = self.tensors[name]
+        if info.type not in _core.matmul_types():
+            known = ", ".join(_core.matmul_types())
+            raise FormatError(
+                f"{self.path}: tensor '{name}': cannot decode {info.type}; export it with one of {known}"
+            )
+        count = int(np.prod(info.shape, dtype=np.int64))
+        return _core.dequantize(info.type, data, count, isa).reshape(info.shape)

@@ -1,0 +1,108 @@
+"""Choosing the next token from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_quant.errors import UsageError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose a token.
+
+    temperature 0 takes the most likely one. `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off.
+    `seed` None draws a new seed from the system. Raises UsageError for values out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = [
+            (0.0 <= self.temperature < float("inf"), "temperature", "zero or more"),
+            (self.top_k >= 0, "top_k", "zero (off) or more"),
+            (0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1"),
+            (0.0 <= self.min_p <= 1.0, "min_p", "from 0 to 1"),
+            (0.0 < self.repetition_penalty < float("inf"), "repetition_penalty", "above 0"),
+            (self.seed is None or self.seed >= 0, "seed", "zero or more"),
+        ]
+        for valid, name, wanted in checks:
+            if not valid:
+                raise UsageError(f"{name} is {getattr(self, name)}; it has to be {wanted}")
+
+
+class Sampler:
+    """Applies SamplingParams; draws are reproducible from the seed.
+
+    The order is llama.cpp's: repetition penalty, top-k, top-p, min-p, temperature. The filters see probabilities
+    at temperature 1.
+    """
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self._random = np.random.default_rng(params.seed)
+
+    def sample(self, logits: npt.NDArray[np.float32], history: Sequence[int] = ()) -> int:
+        """The next token for `logits` [V]; `history` is what the repetition penalty looks at."""
+        params = self.params
+        if params.repetition_penalty != 1.0 and len(history):
+            logits = penalize(logits, history, params.repetition_penalty)
+        if params.temperature == 0.0:
+            return int(np.argmax(logits))
+        candidates = most_likely(logits, params.top_k)  # token ids, most likely first
+        scores = logits[candidates].astype(np.float64)
+        keep = filtered_length(scores, params.top_p, params.min_p)
+        probabilities = softmax(scores[:keep] / params.temperature)
+        threshold = self._random.random()
+        chosen = int(np.searchsorted(np.cumsum(probabilities), threshold, side="right"))
+        return int(candidates[min(chosen, keep - 1)])
+
+
+def penalize(
+    logits: npt.NDArray[np.float32], history: Sequence[int], penalty: float
+) -> npt.NDArray[np.float32]:
+    """Logits [V] with those of seen tokens divided by `penalty` where positive and multiplied where negative.
+
+    Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1, as transformers and llama.cpp apply it.
+    """
+    seen = np.unique(np.asarray(history, dtype=np.int64))
+    result = logits.copy()
+    values = result[seen]
+    result[seen] = np.where(values > 0, values / penalty, values * penalty)
+    return result
+
+
+def most_likely(logits: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.int64]:
+    """Ids of the `top_k` largest logits (0: of all), largest first; among equals the lower id."""
+    if 0 < top_k < logits.size:
+        threshold = np.partition(logits, logits.size - top_k)[logits.size - top_k]
+        ids = np.flatnonzero(logits >= threshold)
+    else:
+        ids = np.arange(logits.size)
+    order = ids[np.argsort(-logits[ids], kind="stable")]
+    return order[:top_k] if top_k > 0 else order
+
+
+def softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """exp(scores) divided by their sum."""
+    weights = np.exp(scores - scores.max())
+    return weights / weights.sum()
+
+
+def filtered_length(scores: npt.NDArray[np.float64], top_p: float, min_p: float) -> int:
+    """How many of the sorted `scores` survive top-p (the fewest that reach that mass), then min-p."""
+    keep = scores.size
+    if top_p < 1.0:
+        keep = min(keep, int(np.searchsorted(np.cumsum(softmax(scores)), top_p)) + 1)
+    if min_p > 0.0:
+        keep = min(keep, int(np.count_nonzero(scores >= scores[0] + np.log(min_p))))
+    return max(keep, 1)

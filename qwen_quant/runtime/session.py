@@ -1,0 +1,172 @@
+"""One conversation with one model file: prefill, step, generate."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_quant import _core
+from qwen_quant.errors import QwenQuantError
+from qwen_quant.runtime.gguf import GGUFFile
+from qwen_quant.runtime.sampling import Sampler, SamplingParams
+
+if TYPE_CHECKING:
+    from qwen_quant.tokenizer import Tokenizer
+
+Logits = npt.NDArray[np.float32]
+
+END_OF_TURN_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+END_OF_TURN_TOKENS = ("<|im_end|>", "<|endoftext|>")
+
+
+@dataclass
+class Timings:
+    """What the last `generate` did: counts, and seconds for prompt processing and for text generation.
+
+    The first generated token falls out of the prompt's logits, so `tg_tokens` counts the steps after it.
+    """
+
+    prompt_tokens: int = 0
+    pp_s: float = 0.0
+    tg_tokens: int = 0
+    tg_s: float = 0.0
+
+    @property
+    def pp_tok_s(self) -> float:
+        return self.prompt_tokens / self.pp_s if self.pp_s > 0 else 0.0
+
+    @property
+    def tg_tok_s(self) -> float:
+        return self.tg_tokens / self.tg_s if self.tg_s > 0 else 0.0
+
+
+class Session:
+    """A model that runs, and the context it has read so far."""
+
+    def __init__(self, file: GGUFFile, engine: _core.Engine) -> None:
+        self.file = file
+        self.engine = engine
+        self.timings = Timings()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        n_threads: int | None = None,
+        isa: str = "auto",
+        n_ctx: int | None = None,
+    ) -> Session:
+        """Opens a GGUF file.
+
+        `n_threads` None takes every CPU that the process may use; `isa` is auto, scalar, avx2 or avx512vnni;
+        `n_ctx` overrides the context length in the file. Raises FormatError for a file that cannot be run
+        exactly, QwenQuantError for options that this machine cannot serve.
+        """
+        file = GGUFFile(path)
+        return cls(file, _core.Engine(file.core, n_threads or 0, isa, n_ctx or 0))
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The file's keys and values."""
+        return self.file.metadata
+
+    @property
+    def n_vocab(self) -> int:
+        """Rows of the embedding, V."""
+        return self.engine.n_vocab
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens that fit into the context."""
+        return self.engine.n_ctx
+
+    @property
+    def n_past(self) -> int:
+        """Tokens in the context now."""
+        return self.engine.n_past
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer stored in the file."""
+        from qwen_quant.tokenizer import Tokenizer
+
+        return Tokenizer.from_gguf(self.metadata)
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """Every id that ends a turn: those the metadata names, and the ChatML ones where the vocabulary has them."""
+        metadata = self.metadata
+        ids = {metadata.get(f"tokenizer.ggml.{key}") for key in END_OF_TURN_KEYS}
+        tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
+        ids |= {tokens.index(token) for token in END_OF_TURN_TOKENS if token in tokens}
+        return frozenset(int(i) for i in ids if i is not None)
+
+    def reset(self) -> None:
+        """Forgets the context and frees its cache."""
+        self.engine.reset()
+
+    def prefill(self, tokens: Sequence[int] | npt.NDArray[Any]) -> Logits:
+        """Appends tokens to the context; logits [V] of the last.
+
+        Raises QwenQuantError when there are none, an id is outside the vocabulary, or the context is full.
+        Ctrl-C is seen between chunks of 256 tokens.
+        """
+        return self.engine.forward(as_token_ids(tokens), self.engine.n_past)
+
+    def step(self, token: int) -> Logits:
+        """Appends one token to the context; logits [V] of what follows it. Raises as `prefill` does."""
+        return self.prefill((token,))
+
+    def logits(self, tokens: Sequence[int] | npt.NDArray[Any]) -> Logits:
+        """Logits [T, V] of every position of `tokens` [T], read into a fresh context. Raises as `prefill` does."""
+        return self.engine.forward(as_token_ids(tokens), 0, all_logits=True)
+
+    def generate(
+        self,
+        prompt_tokens: Sequence[int],
+        max_tokens: int,
+        sampling: SamplingParams | None = None,
+        stop_ids: Collection[int] = (),
+    ) -> Iterator[int]:
+        """Appends the prompt, then yields up to `max_tokens` tokens, ending before one of `stop_ids`.
+
+        Afterwards, and while it runs, `timings` tells what it took. Raises as `prefill` does.
+        """
+        sampler = Sampler(sampling or SamplingParams())
+        history = list(prompt_tokens)
+        self.timings = timings = Timings(prompt_tokens=len(history))
+        start = time.perf_counter()
+        logits = self.prefill(history)
+        timings.pp_s = time.perf_counter() - start
+        for index in range(max_tokens):
+            start = time.perf_counter()
+            if index > 0:
+                logits = self.step(history[-1])
+            token = sampler.sample(logits, history)
+            if index > 0:
+                timings.tg_s += time.perf_counter() - start
+                timings.tg_tokens += 1
+            if token in stop_ids:
+                return
+            history.append(token)
+            yield token
+
+
+def as_token_ids(tokens: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+    """Token ids [T] as the engine takes them. Raises QwenQuantError for anything that is not a list of ids."""
+    ids = np.asarray(tokens)
+    if ids.size == 0:
+        raise QwenQuantError("the prompt is empty; give at least one token")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise QwenQuantError(f"token ids have to be a list of integers, not {ids.dtype} of shape {ids.shape}")
+    if ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
+        raise QwenQuantError(f"token ids from {ids.min()} to {ids.max()} are outside every vocabulary")
+    return np.ascontiguousarray(ids, dtype=np.int32)

@@ -1,0 +1,139 @@
+"""The engine against transformers, against itself in pieces, and across instruction sets and thread counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qwen_quant import _core
+from qwen_quant.errors import QwenQuantError
+from qwen_quant.runtime.sampling import SamplingParams
+from qwen_quant.runtime.session import Session
+
+TinyModels = Callable[..., Any]
+TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
+ARCHITECTURES = [("qwen2", True, 32), ("qwen2", False, 32), ("qwen3", True, 48), ("qwen3", False, 32)]
+TOKENS = np.random.default_rng(3).integers(0, 96, 70).astype(np.int32)
+
+
+def kld(reference: np.ndarray, logits: np.ndarray) -> float:
+    """Mean over tokens of KL(softmax(reference) || softmax(logits)), both [T, V]."""
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        x = x.astype(np.float64)
+        shifted = x - x.max(axis=1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+    p, q = log_softmax(reference), log_softmax(logits)
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
+
+@pytest.mark.parametrize("isa", _core.cpu_isas())
+@pytest.mark.parametrize(("architecture", "tied", "head_dim"), ARCHITECTURES)
+@pytest.mark.parametrize("tensor_type", TYPES)
+def test_logits_equal_transformers(
+    tiny_model: TinyModels, architecture: str, tied: bool, head_dim: int, tensor_type: str, isa: str
+) -> None:
+    model = tiny_model(architecture, tensor_type, tied=tied, head_dim=head_dim)
+    logits = Session.open(model.path, isa=isa, n_threads=2).logits(TOKENS)
+    reference = model.reference_logits(TOKENS)
+    assert logits.shape == reference.shape
+    difference = np.abs(logits - reference).max()
+    if tensor_type in ("F32", "F16", "BF16"):
+        # Later tokens see cached values that fell on the other side of an FP16 rounding.
+        assert np.abs(logits[0] - reference[0]).max() < 5e-5
+        assert difference < 3e-3
+    else:  # int8 activations
+        assert kld(reference, logits) < 1e-3
+        assert difference < 0.4
+
+
+@pytest.mark.parametrize("isa", _core.cpu_isas())
+@pytest.mark.parametrize("tensor_type", ["F16", "Q4_0", "Q4_1"])
+def test_steps_threads_and_chunks_change_nothing(tiny_model: TinyModels, tensor_type: str, isa: str) -> None:
+    path = tiny_model("qwen3", tensor_type).path
+    whole = Session.open(path, isa=isa, n_threads=1)
+    expected = whole.logits(TOKENS)
+    other = Session.open(path, isa=isa, n_threads=3)
+    np.testing.assert_array_equal(other.logits(TOKENS), expected)
+    other.reset()
+    np.testing.assert_array_equal(other.prefill(TOKENS[:40]), expected[39])
+    for position in range(40, len(TOKENS)):
+        np.testing.assert_array_equal(other.step(int(TOKENS[position])), expected[position])
+
+
+def test_prompts_longer_than_a_chunk_and_a_cache_page(tiny_model: TinyModels) -> None:
+    model = tiny_model("qwen2", "F32")
+    tokens = np.random.default_rng(4).integers(0, 96, 500).astype(np.int32)
+    session = Session.open(model.path)
+    logits = session.logits(tokens)
+    assert np.abs(logits - model.reference_logits(tokens)).max() < 4e-3
+    session.reset()
+    np.testing.assert_array_equal(session.prefill(tokens), logits[-1])
+    assert session.n_past == 500
+
+
+def test_going_back_in_the_context(tiny_model: TinyModels) -> None:
+    engine = _core.Engine(str(tiny_model("qwen3", "Q8_0").path))
+    first = engine.forward(TOKENS[:30], 0)
+    engine.forward(TOKENS[30:40], 30)
+    np.testing.assert_array_equal(engine.forward(TOKENS[20:30], 20), first)
+    assert engine.n_past == 30
+
+
+@pytest.mark.parametrize("tensor_type", ["F16", "Q8_0", "Q4_0"])
+def test_every_instruction_set_writes_the_same_text(tiny_model: TinyModels, tensor_type: str) -> None:
+    path = tiny_model("qwen3", tensor_type).path
+    texts = {
+        isa: list(Session.open(path, isa=isa).generate(TOKENS[:8].tolist(), 48)) for isa in _core.cpu_isas()
+    }
+    assert len(set(map(tuple, texts.values()))) == 1
+    assert len(texts["scalar"]) == 48
+
+
+def test_generate_stops_counts_and_repeats(tiny_model: TinyModels) -> None:
+    session = Session.open(tiny_model("qwen2", "Q4_0").path)
+    assert session.eos_ids == {94, 95}
+    prompt = TOKENS[:8].tolist()
+    full = list(session.generate(prompt, 12))
+    assert session.timings.prompt_tokens == 8
+    assert session.timings.tg_tokens == 11
+    session.reset()
+    stop = full[6]
+    assert list(session.generate(prompt, 12, stop_ids={stop})) == full[: full.index(stop)]
+    sampled = []
+    for _ in range(2):
+        session.reset()
+        params = SamplingParams(temperature=1.5, top_k=40, top_p=0.95, min_p=0.01, seed=7)
+        sampled.append(list(session.generate(prompt, 12, params)))
+    assert sampled[0] == sampled[1] != full
+
+
+@pytest.mark.parametrize("tokens", [[], [96], [-1], [2**40], [0.5], [[1, 2]]])
+def test_bad_tokens(tiny_model: TinyModels, tokens: list[Any]) -> None:
+    session = Session.open(tiny_model("qwen2", "Q4_0").path)
+    with pytest.raises(QwenQuantError):
+        session.prefill(tokens)
+    assert session.n_past == 0
+
+
+def test_the_context_is_never_cut_silently(tiny_model: TinyModels) -> None:
+    path = tiny_model("qwen2", "Q4_0").path
+    session = Session.open(path, n_ctx=10)
+    session.prefill(TOKENS[:8])
+    with pytest.raises(QwenQuantError, match="exceed the context of 10"):
+        session.prefill(TOKENS[:3])
+    assert session.n_past == 8
+    with pytest.raises(QwenQuantError, match="exceed the context of 512"):
+        Session.open(path).prefill(np.zeros(513, dtype=np.int32))
+
+
+def test_unknown_options(tiny_model: TinyModels) -> None:
+    path = tiny_model("qwen2", "Q4_0").path
+    with pytest.raises(QwenQuantError, match=r"isa 'sse' .* auto, scalar"):
+        Session.open(path, isa="sse")
+    with pytest.raises(QwenQuantError, match="n_threads"):
+        Session.open(path, n_threads=-1)
