@@ -36,7 +36,8 @@ class Rotary(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
-        self.register_buffer("inv_freq", spec.rope_theta**-exponents, persistent=False)  # [head_dim / 2]
+        # The reciprocal, not theta**-exponents: last bits as in transformers, which count at large positions.
+        self.register_buffer("inv_freq", 1.0 / spec.rope_theta**exponents, persistent=False)  # [head_dim / 2]
 
     def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin for positions start … start + length - 1, each [length, head_dim], FP32."""

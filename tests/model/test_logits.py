@@ -1,0 +1,181 @@
+"""The reference model gives the logits of transformers' models: whole, cached and in chunks."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qwen_quant.checkpoint import Checkpoint
+from qwen_quant.model import Model, load_layer, load_model
+
+Oracle = Callable[..., Any]  # the fixture that builds a transformers model
+
+TOLERANCE = 1e-4
+FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@st.composite
+def tiny_configs(draw: st.DrawFn) -> dict[str, Any]:
+    """Keyword arguments of a Qwen2Config or Qwen3Config, with `model_type` to choose between them."""
+    kv_heads = draw(st.sampled_from([1, 2, 3]))
+    heads = kv_heads * draw(st.sampled_from([1, 2, 4]))
+    head_dim = draw(st.sampled_from([8, 16, 32]))
+    config: dict[str, Any] = {
+        "model_type": draw(st.sampled_from(["qwen2", "qwen3"])),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "hidden_size": heads * head_dim,
+        "intermediate_size": draw(st.sampled_from([24, 40, 96])),
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "vocab_size": draw(st.sampled_from([37, 128])),
+        "tie_word_embeddings": draw(st.booleans()),
+        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5, 1e-3])),
+        "rope_parameters": {"rope_type": "default", "rope_theta": draw(st.sampled_from([1e4, 1e6, 777.0]))},
+        "max_position_embeddings": 256,
+    }
+    if config["model_type"] == "qwen3":
+        # Qwen3 has a head size of its own, independent of hidden_size, and one flag for all attention biases.
+        config["head_dim"] = head_dim
+        config["hidden_size"] = draw(st.sampled_from([24, 64]))
+        config["attention_bias"] = draw(st.booleans())
+    return config
+
+
+def saved(oracle: Any, folder: Path) -> Checkpoint:
+    """The checkpoint that transformers writes for `oracle`."""
+    oracle.save_pretrained(folder)
+    return Checkpoint(folder)
+
+
+def ours(oracle: Any) -> Model:
+    """The reference model over the checkpoint that transformers writes for `oracle`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return load_model(saved(oracle, Path(folder)))
+
+
+def random_tokens(vocab_size: int, batch: int, length: int, seed: int) -> torch.Tensor:
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@FEW
+@given(config=tiny_configs(), attention=st.sampled_from(["eager", "sdpa"]), seed=st.integers(0, 1000))
+def test_logits_equal_transformers(
+    build_oracle: Oracle, config: dict[str, Any], attention: str, seed: int
+) -> None:
+    oracle = build_oracle(config, attention, seed)
+    tokens = random_tokens(config["vocab_size"], batch=2, length=19, seed=seed)
+    with torch.no_grad():
+        expected = oracle(tokens).logits
+        found = ours(oracle)(tokens)
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < TOLERANCE
+
+
+@FEW
+@given(config=tiny_configs(), cuts=st.lists(st.integers(1, 22), max_size=6), seed=st.integers(0, 1000))
+def test_chunks_on_a_cache_equal_the_whole(
+    build_oracle: Oracle, config: dict[str, Any], cuts: list[int], seed: int
+) -> None:
+    oracle = build_oracle(config, seed=seed)
+    tokens = random_tokens(config["vocab_size"], batch=2, length=23, seed=seed)
+    edges = sorted({0, 23, *cuts})
+    model = ours(oracle)
+    caches = model.new_cache()
+    with torch.no_grad():
+        expected = oracle(tokens).logits
+        parts = [model(tokens[:, a:b], caches) for a, b in itertools.pairwise(edges)]
+    assert (torch.cat(parts, dim=1) - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_steps_equal_transformers_steps(build_oracle: Oracle, model_type: str) -> None:
+    """Token by token, each side on its own cache."""
+    config = {
+        "model_type": model_type,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 96,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        **({"head_dim": 32} if model_type == "qwen3" else {}),
+    }
+    oracle = build_oracle(config)
+    model = ours(oracle)
+    tokens = random_tokens(96, batch=1, length=24, seed=3)
+    caches, past = model.new_cache(), None
+    with torch.no_grad():
+        for position in range(tokens.shape[1]):
+            step = tokens[:, position : position + 1]
+            reply = oracle(step, past_key_values=past, use_cache=True)
+            past = reply.past_key_values
+            assert (model(step, caches) - reply.logits).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("theta", [1e4, 1e6, 777.0])
+def test_rotary_tables_equal_transformers_bit_for_bit(build_oracle: Oracle, theta: float) -> None:
+    """At positions of 30,000 a last-bit difference of a frequency is a visible angle."""
+    config = {
+        "model_type": "qwen3",
+        "hidden_size": 24,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 128,
+        "vocab_size": 37,
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+    }
+    oracle = build_oracle(config)
+    positions = torch.arange(30_000, 30_004)
+    expected = oracle.model.rotary_emb(torch.zeros(1), positions[None])
+    for found, table in zip(ours(oracle).rotary(30_000, 4), expected, strict=True):
+        assert torch.equal(found, table[0])
+
+
+def test_a_single_layer_equals_its_place_in_the_model(build_oracle: Oracle, tmp_path: Path) -> None:
+    config = {
+        "model_type": "qwen2",
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 37,
+    }
+    checkpoint = saved(build_oracle(config), tmp_path)
+    model = load_model(checkpoint)
+    hidden = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
+    table = model.rotary(0, 7)
+    for index, layer in enumerate(model.model.layers):
+        assert torch.equal(load_layer(checkpoint, index)(hidden, table), layer(hidden, table))
+
+
+def test_the_forward_pass_is_the_composition_of_its_stages(build_oracle: Oracle, tmp_path: Path) -> None:
+    """The quantizer calls the stages one by one; together they are the layer."""
+    config = {
+        "model_type": "qwen3",
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "vocab_size": 37,
+    }
+    model = load_model(saved(build_oracle(config), tmp_path))
+    layer, table = model.model.layers[0], model.rotary(0, 5)
+    hidden = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    context = layer.attend(layer.attention_input(hidden), table)
+    middle = hidden + layer.self_attn.o_proj(context)
+    out = middle + layer.mlp.down_proj(layer.mlp.gated(layer.mlp_input(middle)))
+    assert torch.equal(out, layer(hidden, table))
