@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from qwen_quant.spec import ModelSpec, TensorInfo
 REFERENCE = "reference"  # the word that names the bundled checkpoint on the command line
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CHUNK_BYTES = 32 << 20  # a piece of a tensor that is copied or scanned in pieces
 FLOATS = ("F64", "F32", "F16", "BF16")
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
@@ -120,13 +121,39 @@ class TensorSource:
         """The stored array; BF16 as uint16 bit patterns."""
         return self._locate(name).read_raw(name)
 
+    def raw_chunks(self, name: str) -> Iterator[np.ndarray]:
+        """The stored array in pieces along its first dimension: for copying what is too big to hold."""
+        file = self._locate(name)
+        entry = file.entries[name]
+        rows = entry.shape[0] if entry.shape else 1
+        step = max(1, rows * CHUNK_BYTES // max(1, entry.nbytes))
+        for start in range(0, rows, step):
+            yield file.read_raw(name, start, start + step)
+
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """`read` in pieces along the first dimension."""
+        file = self._locate(name)
+        for raw in self.raw_chunks(name):
+            yield self._floats(file, name, raw)
+
+    def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """The given rows (sorted indices) of a matrix as float32 [len(rows), columns]."""
+        found, start = [], 0
+        for part in self.chunks(name):
+            mine = rows[(rows >= start) & (rows < start + len(part))]
+            found.append(part[mine - start])
+            start += len(part)
+        return np.concatenate(found)
+
     def read(self, name: str) -> np.ndarray:
         """A floating-point tensor as float32. Raises CheckpointError when it is not finite or not of floats."""
         file = self._locate(name)
+        return self._floats(file, name, file.read_raw(name))
+
+    def _floats(self, file: SafetensorsFile, name: str, raw: np.ndarray) -> np.ndarray:
         dtype = file.entries[name].dtype
         if dtype not in FLOATS:
             raise CheckpointError(f"{file.path}: tensor {name!r} has dtype {dtype}, where a float type belongs")
-        raw = file.read_raw(name)
         values = bf16_to_f32(raw) if dtype == "BF16" else raw.astype(np.float32, copy=False)
         if not np.isfinite(values).all():
             bad = int(values.size - np.isfinite(values).sum())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -112,22 +112,27 @@ class SafetensorsFile:
             raise self._broken(f"tensor {name!r} ends at byte {start + offsets[1]} of {self.size}")
         return Entry(name, dtype, tuple(shape), start + offsets[0], nbytes)
 
-    def read_raw(self, name: str) -> np.ndarray:
-        """The stored array of tensor `name` (BF16 as uint16), read from disk now."""
+    def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The stored array of tensor `name` (BF16 as uint16), or its rows start … stop, read from disk now."""
         entry = self.entries[name]
-        data = np.empty(entry.nbytes, dtype=np.uint8)
+        shape = entry.shape
+        if shape:
+            stop = shape[0] if stop is None else min(stop, shape[0])
+            shape = (max(0, stop - start), *shape[1:])
+        row_bytes = math.prod(entry.shape[1:]) * STORAGE[entry.dtype].itemsize
+        data = np.empty(math.prod(shape) * STORAGE[entry.dtype].itemsize, dtype=np.uint8)
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(entry.offset)
+                file.seek(entry.offset + start * row_bytes)
                 view, got = memoryview(data), 0
-                while got < entry.nbytes:
+                while got < len(data):
                     count = file.readinto(view[got:])
                     if not count:
                         raise self._broken(f"ends within tensor {name!r}")
                     got += count
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read ({error.strerror}); check the disk") from None
-        return data.view(STORAGE[entry.dtype]).reshape(entry.shape)
+        return data.view(STORAGE[entry.dtype]).reshape(shape)
 
 
 def storage_dtype(array: np.ndarray) -> str:
@@ -179,11 +184,20 @@ class SafetensorsWriter:
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Store one planned tensor (BF16 as uint16)."""
+        self.write_rows(name, iter((array,)))
+
+    def write_rows(self, name: str, parts: Iterator[np.ndarray]) -> None:
+        """Store one planned tensor that comes in pieces along its first dimension."""
         tensor, offset = self._missing.pop(name)
-        if storage_dtype(array) != tensor.dtype or array.shape != tensor.shape:
-            raise TypeError(f"{name}: {array.dtype} {array.shape} where {tensor.dtype} {tensor.shape} is planned")
         self._file.seek(self._start + offset)
-        self._file.write(np.ascontiguousarray(array).data)
+        rows = 0
+        for part in parts:
+            if storage_dtype(part) != tensor.dtype or part.shape[1:] != tensor.shape[1:]:
+                raise TypeError(f"{name}: {part.dtype} {part.shape} where {tensor.dtype} {tensor.shape} is planned")
+            self._file.write(np.ascontiguousarray(part).data)
+            rows += part.shape[0] if part.shape else 1
+        if rows != (tensor.shape[0] if tensor.shape else 1):
+            raise TypeError(f"{name}: {rows} rows where {tensor.shape} is planned")
 
     def close(self) -> None:
         self._file.flush()

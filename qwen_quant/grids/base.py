@@ -19,7 +19,8 @@ Array = Any  # a NumPy array or a torch tensor
 # extreme often pays at few bits; a little above 1 pays when the other values then fall nearer to codes.
 SHRINK = tuple(0.60 + 0.025 * step for step in range(19))
 REFINEMENTS = 2
-ROWS_AT_ONCE = 4_000_000  # elements per chunk of the search: bounds its temporaries
+CHUNK = 1 << 18  # weights searched at once: the temporaries stay in the second-level cache
+FP16_TINY = 2.0**-24
 
 
 def namespace(array: Array) -> Any:
@@ -34,11 +35,18 @@ def to_fp16(x: Array) -> Array:
     return xp.astype(half, xp.float32)
 
 
-def inverse(scale: Array) -> Array:
-    """1 / scale, and 0 where the scale is 0 (a group of zeros)."""
-    xp = namespace(scale)
-    zero = scale == 0
-    return xp.where(zero, xp.zeros_like(scale), 1.0 / xp.where(zero, xp.ones_like(scale), scale))
+def fp16_scale(x: Array) -> Array:
+    """`to_fp16` for scales: what would be 0 becomes the smallest positive FP16, so that 1 / scale exists."""
+    xp = namespace(x)
+    half = to_fp16(x)
+    return xp.where(half == 0, xp.full_like(half, FP16_TINY), half)
+
+
+def ratio(numerator: Array, denominator: Array) -> Array:
+    """numerator / denominator, and 0 where the denominator is 0."""
+    xp = namespace(numerator)
+    zero = denominator == 0
+    return xp.where(zero, xp.zeros_like(numerator), numerator / xp.where(zero, xp.ones_like(denominator), denominator))
 
 
 @dataclass
@@ -142,7 +150,7 @@ class AffineGrid(ABC):
         xp = namespace(w)
         n, k = w.shape
         size, n_groups = self.columns_per_group(k), self.n_groups(k)
-        rows = max(1, ROWS_AT_ONCE // k)
+        rows = max(1, CHUNK // k)
         parts = []
         for start in range(0, n, rows):
             groups = self._cut(w[start : start + rows, :], size, n_groups)

@@ -11,7 +11,7 @@ from abc import abstractmethod
 import numpy as np
 
 from qwen_quant.errors import UsageError
-from qwen_quant.grids.base import SHRINK, AffineGrid, Array, QuantizedTensor, Scales, inverse, namespace, to_fp16
+from qwen_quant.grids.base import SHRINK, AffineGrid, Array, QuantizedTensor, Scales, fp16_scale, namespace, ratio, to_fp16
 
 BLOCK = 32
 
@@ -48,11 +48,11 @@ class _Symmetric(BlockGrid):
         return scale * (codes - offset)
 
     def position(self, w: Array, scale: Array, offset: Array) -> Array:
-        return w * inverse(scale) + offset
+        return w / scale + offset
 
     def _scales(self, scale: Array) -> Scales:
         xp = namespace(scale)
-        return Scales(to_fp16(scale), xp.full_like(scale, float(self.middle)))
+        return Scales(fp16_scale(scale), xp.full_like(scale, float(self.middle)))
 
     def _extreme(self, groups: Array) -> Array:
         """The value of largest magnitude in each group, with its sign [M, 1]."""
@@ -71,7 +71,8 @@ class _Symmetric(BlockGrid):
         xp = namespace(groups)
         centred = codes - float(self.middle)
         norm = xp.sum(importance * centred * centred, axis=1, keepdims=True)
-        return self._scales(xp.sum(importance * centred * groups, axis=1, keepdims=True) * inverse(norm))
+        dot = xp.sum(importance * centred * groups, axis=1, keepdims=True)
+        return self._scales(ratio(dot, norm))
 
 
 class Q4_0(_Symmetric):
@@ -117,14 +118,14 @@ class Q4_1(BlockGrid):
         return scale * codes + offset
 
     def position(self, w: Array, scale: Array, offset: Array) -> Array:
-        return (w - offset) * inverse(scale)
+        return (w - offset) / scale
 
     def _covering(self, groups: Array, low_share: float, high_share: float) -> Scales:
         xp = namespace(groups)
         high, low = xp.max(groups, axis=1, keepdims=True), xp.min(groups, axis=1, keepdims=True)
         span = high - low
         low, high = low + span * low_share, high - span * high_share
-        return Scales(to_fp16((high - low) / self.max_code), to_fp16(low))
+        return Scales(fp16_scale((high - low) / self.max_code), to_fp16(low))
 
     def plain(self, groups: Array) -> Scales:
         return self._covering(groups, 0.0, 0.0)
@@ -138,12 +139,12 @@ class Q4_1(BlockGrid):
         xp = namespace(groups)
 
         def mean(x: Array) -> Array:
-            return xp.sum(importance * x, axis=1, keepdims=True) * inverse(total)
+            return ratio(xp.sum(importance * x, axis=1, keepdims=True), total)
 
         total = xp.sum(importance, axis=1, keepdims=True)
         q_mean, w_mean = mean(codes), mean(groups)
         variance = mean((codes - q_mean) ** 2)
-        scale = to_fp16(mean((codes - q_mean) * (groups - w_mean)) * inverse(variance))
+        scale = fp16_scale(ratio(mean((codes - q_mean) * (groups - w_mean)), variance))
         return Scales(scale, to_fp16(w_mean - scale * q_mean))
 
     def pack(self, tensor: QuantizedTensor) -> np.ndarray:

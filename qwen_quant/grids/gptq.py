@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen_quant.errors import UsageError
-from qwen_quant.grids.base import SHRINK, AffineGrid, Array, QuantizedTensor, Scales, inverse, namespace, to_fp16
+from qwen_quant.grids.base import SHRINK, AffineGrid, Array, QuantizedTensor, Scales, fp16_scale, namespace, ratio
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 32, 64, 128)
-V1, V2 = "gptq", "gptq_v2"
+V1, V2 = GPTQ_FORMATS = ("gptq", "gptq_v2")
 
 
 class IntGrid(AffineGrid):
@@ -43,7 +43,7 @@ class IntGrid(AffineGrid):
         return scale * (codes - offset)
 
     def position(self, w: Array, scale: Array, offset: Array) -> Array:
-        return w * inverse(scale) + offset
+        return w / scale + offset
 
     def plain(self, groups: Array) -> Scales:
         return self._covering(groups, 1.0)
@@ -53,12 +53,12 @@ class IntGrid(AffineGrid):
         xp = namespace(groups)
         if self.sym:
             top = xp.max(xp.abs(groups), axis=1, keepdims=True) * shrink
-            scale = to_fp16(top * (2.0 / self.max_code))
+            scale = fp16_scale(top * (2.0 / self.max_code))
             return Scales(scale, xp.full_like(scale, float(self.middle)))
         high = xp.clip(xp.max(groups, axis=1, keepdims=True), 0.0, None) * shrink
         low = xp.clip(xp.min(groups, axis=1, keepdims=True), None, 0.0) * shrink
-        scale = to_fp16((high - low) / self.max_code)
-        return Scales(scale, self._zero(-low * inverse(scale)))
+        scale = fp16_scale((high - low) / self.max_code)
+        return Scales(scale, self._zero(-low / scale))
 
     def _zero(self, position: Array) -> Array:
         # Format v1 stores zero - 1; a zero of 0 would wrap there, so it is not on the grid.
@@ -77,12 +77,12 @@ class IntGrid(AffineGrid):
         centred = codes - scales.offset
         norm = xp.sum(importance * centred * centred, axis=1, keepdims=True)
         dot = xp.sum(importance * centred * groups, axis=1, keepdims=True)
-        scale = to_fp16(dot * inverse(norm))
+        scale = fp16_scale(ratio(dot, norm))
         if self.sym:
             return Scales(scale, scales.offset)
         total = xp.sum(importance, axis=1, keepdims=True)
-        gap = xp.sum(importance * (codes - groups * inverse(scale)), axis=1, keepdims=True)
-        return Scales(scale, self._zero(gap * inverse(total)))
+        gap = xp.sum(importance * (codes - groups / scale), axis=1, keepdims=True)
+        return Scales(scale, self._zero(ratio(gap, total)))
 
 
 def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:

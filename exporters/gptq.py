@@ -1,0 +1,212 @@
+"""Writing GPTQ checkpoints: the safetensors layout that AutoGPTQ, GPTQModel, Optimum and vLLM read.
+
+Tensors are streamed: every shape is known from the spec, so shards are laid out first and filled layer by layer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen_quant import __version__
+from qwen_quant.checkpoint import INDEX, SINGLE, Checkpoint
+from qwen_quant.errors import FormatError
+from qwen_quant.files import atomic_folder
+from qwen_quant.grids.gptq import GPTQ_FORMATS, IntGrid, PackedLinear, pack
+from qwen_quant.quantize.recipe import Recipe
+from qwen_quant.quantize.stream import QuantizedLayer
+from qwen_quant.safetensors import Planned, SafetensorsWriter
+from qwen_quant.spec import TensorInfo
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Small files that belong to a checkpoint; config.json and the weights' index are written anew.
+COPIED = ("*.json", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*")
+NOT_COPIED = ("config.json", "quantize_config.json", INDEX)
+
+
+@dataclass
+class Written:
+    """What `export_gptq` wrote: total bytes, and the tensors left in full precision with the reason."""
+
+    bytes: int = 0
+    layers: list[QuantizedLayer] = field(default_factory=list)
+    unquantized: dict[str, str] = field(default_factory=dict)
+
+
+def quantization_config(grid: IntGrid, recipe: Recipe, record: dict[str, Any], stored_format: str) -> dict[str, Any]:
+    """`quantization_config` of config.json, also the whole of quantize_config.json (auto-gptq reads only that)."""
+    return {
+        "bits": grid.bits,
+        "group_size": grid.group_size,
+        "quant_method": "gptq",
+        "checkpoint_format": stored_format,
+        "desc_act": recipe.desc_act,
+        "sym": grid.sym,
+        "damp_percent": recipe.damp_percent,
+        "true_sequential": True,
+        "static_groups": not recipe.desc_act,
+        "lm_head": False,
+        "meta": {"quantizer": [f"qwen-quant:{__version__}"], "recipe": record},
+    }
+
+
+def export_gptq(
+    checkpoint: Checkpoint,
+    layers: Iterable[QuantizedLayer],
+    output: Path,
+    grid: IntGrid,
+    recipe: Recipe,
+    record: dict[str, Any],
+    *,
+    checkpoint_format: str = GPTQ_FORMATS[0],
+    max_shard_bytes: int = 4 << 30,
+    tied_head: bool = True,
+    overwrite: bool = False,
+) -> Written:
+    """Write a GPTQ checkpoint folder from `layers`, which arrive in order and are written as they come.
+
+    `record` (the recipe with data hashes) is embedded under `meta`. A tied head is stored a second time unless
+    `tied_head` is False, because auto-gptq leaves it uninitialised otherwise. Raises FormatError when a shape
+    cannot be packed, OutputError when `output` cannot be written.
+    """
+    check_packable(checkpoint, grid)
+    planned = list(_plan(checkpoint, grid, tied_head))
+    shards = _shards(planned, max_shard_bytes)
+    written = Written()
+    config = quantization_config(grid, recipe, record, checkpoint_format)
+    with atomic_folder(output, overwrite) as folder, _ShardSet(folder, shards) as out:
+        for layer in layers:
+            for info in checkpoint.spec.layer_tensors(layer.layer):
+                if info.name in layer.tensors:
+                    packed = pack(layer.tensors[info.name], checkpoint_format)
+                    for part, array in vars(packed).items():
+                        out.writer(f"{_stem(info)}{part}").write(f"{_stem(info)}{part}", array)
+                else:
+                    _copy(checkpoint, info.name, info.name, out)
+            layer.tensors.clear()
+            written.layers.append(layer)
+        for info in checkpoint.spec.outer_tensors():
+            _copy(checkpoint, info.name, info.name, out)
+        if checkpoint.spec.tie_word_embeddings and tied_head:
+            _copy(checkpoint, EMBEDDING, HEAD, out)
+        _write_configs(checkpoint, folder, config)
+        _write_index(folder, shards)
+        written.bytes = sum(path.stat().st_size for path in folder.iterdir())
+    written.unquantized = _reasons(checkpoint)
+    return written
+
+
+def check_packable(checkpoint: Checkpoint, grid: IntGrid) -> None:
+    """Raise FormatError for a linear whose sizes the packing cannot hold: K and N must be multiples of 32."""
+    for info in checkpoint.spec.tensors():
+        if info.role == "linear" and (info.shape[0] % 32 or info.shape[1] % 32):
+            raise FormatError(
+                f"{checkpoint.folder}: {info.name} is {list(info.shape)}; GPTQ packing needs multiples of 32, "
+                "export to GGUF instead"
+            )
+        if info.role == "linear" and grid.group_size > 0 and info.shape[1] % grid.group_size:
+            raise FormatError(
+                f"{checkpoint.folder}: {info.name} has {info.shape[1]} inputs, not a multiple of group size "
+                f"{grid.group_size}; readers reject a short last group, choose --group-size 32 or -1"
+            )
+
+
+def _stem(info: TensorInfo) -> str:
+    return info.name.removesuffix("weight")
+
+
+def _plan(checkpoint: Checkpoint, grid: IntGrid, tied_head: bool) -> Iterator[Planned]:
+    """Every tensor of the output in the order of the model."""
+    source, spec = checkpoint.source, checkpoint.spec
+    for info in spec.tensors():
+        if info.role != "linear":
+            yield Planned(info.name, source.dtype(info.name), info.shape)
+            continue
+        n, k = info.shape
+        groups, stem = grid.n_groups(k), _stem(info)
+        yield Planned(f"{stem}qweight", "I32", (k * grid.bits // 32, n))
+        yield Planned(f"{stem}qzeros", "I32", (groups, n * grid.bits // 32))
+        yield Planned(f"{stem}scales", "F16", (groups, n))
+        yield Planned(f"{stem}g_idx", "I32", (k,))
+    if spec.tie_word_embeddings and tied_head:
+        yield Planned(HEAD, source.dtype(EMBEDDING), (spec.vocab_size, spec.hidden_size))
+
+
+def _shards(planned: list[Planned], limit: int) -> dict[str, list[Planned]]:
+    """File names and their tensors: filled in order, none above `limit` bytes unless one tensor is."""
+    groups: list[list[Planned]] = [[]]
+    size = 0
+    for tensor in planned:
+        if groups[-1] and size + tensor.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.nbytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    total = len(groups)
+    return {f"model-{i:05d}-of-{total:05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+class _ShardSet:
+    """All shards open for writing at once; `writer(name)` is the one that holds a tensor."""
+
+    def __init__(self, folder: Path, shards: dict[str, list[Planned]]) -> None:
+        self._writers = {shard: SafetensorsWriter(folder / shard, tensors) for shard, tensors in shards.items()}
+        self._shard_of = {t.name: shard for shard, tensors in shards.items() for t in tensors}
+
+    def writer(self, name: str) -> SafetensorsWriter:
+        return self._writers[self._shard_of[name]]
+
+    def __enter__(self) -> _ShardSet:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        for writer in self._writers.values():
+            writer.__exit__(kind, error, trace)
+
+
+def _copy(checkpoint: Checkpoint, name: str, target: str, out: _ShardSet) -> None:
+    """Copy a tensor as it is stored, in pieces, checking that it is finite."""
+    source = checkpoint.source
+    for _ in source.chunks(name):
+        pass  # raises for NaN and infinity
+    out.writer(target).write_rows(target, source.raw_chunks(name))
+
+
+def _write_configs(checkpoint: Checkpoint, folder: Path, config: dict[str, Any]) -> None:
+    for pattern in COPIED:
+        for path in checkpoint.folder.glob(pattern):
+            if path.is_file() and path.name not in NOT_COPIED:
+                shutil.copyfile(path, folder / path.name)
+    model = dict(checkpoint.spec.config)
+    # Older readers know torch_dtype and rope_theta only, transformers 5 writes dtype and rope_parameters.
+    model.setdefault("torch_dtype", checkpoint.spec.torch_dtype)
+    model.setdefault("rope_theta", checkpoint.spec.rope_theta)
+    model["quantization_config"] = config
+    (folder / "config.json").write_text(json.dumps(model, indent=2) + "\n", encoding="utf-8")
+    (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_index(folder: Path, shards: dict[str, list[Planned]]) -> None:
+    if len(shards) == 1:
+        return
+    total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors)
+    weight_map = {tensor.name: shard for shard, tensors in shards.items() for tensor in tensors}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _reasons(checkpoint: Checkpoint) -> dict[str, str]:
+    """Why each tensor that is not a linear layer stays in full precision."""
+    reasons = {
+        "embedding": "the GPTQ format has no quantized embedding",
+        "head": "readers expect the head in full precision",
+        "norm": "a vector: its bytes do not count",
+        "bias": "a vector: its bytes do not count",
+    }
+    return {info.name: reasons[info.role] for info in checkpoint.spec.tensors() if info.role in reasons}

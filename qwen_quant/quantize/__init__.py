@@ -1,0 +1,1 @@
+"""Quantizing a checkpoint: calibration, the GPTQ solver, and the stream over decoder layers."""
