@@ -16,6 +16,9 @@ from qwen_quant.errors import ConfigError
 
 ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 KNOWN_ROPE_TYPES = ("default",)
+QWEN3_HEAD_DIM = 128  # of a Qwen3 config.json without head_dim, whatever its hidden_size
+MOST = 2**31 - 1  # the largest size that any format stores
+MOST_LAYERS = 10_000  # a damaged count must not become an inventory of millions of tensors
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,9 @@ class ModelSpec:
             raise ConfigError(
                 f"{path}: not found; MODEL must be a Hugging Face checkpoint folder with config.json"
             ) from None
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read as JSON ({error}); download it again") from None
+        except (OSError, ValueError, RecursionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{path}: cannot be read as JSON ({reason}); download it again") from None
         if not isinstance(config, dict):
             raise ConfigError(f"{path}: holds no JSON object; download it again")
         return cls.from_config(config, str(path))
@@ -74,7 +78,8 @@ class ModelSpec:
         model_type = get.architecture()
         hidden_size = get.positive("hidden_size")
         heads = get.positive("num_attention_heads")
-        if config.get("head_dim") is None and hidden_size % heads:
+        qwen3 = model_type == "qwen3"
+        if config.get("head_dim") is None and hidden_size % heads and not qwen3:
             raise ConfigError(
                 f"{where}: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads} "
                 "and head_dim is missing; add head_dim"
@@ -84,20 +89,18 @@ class ModelSpec:
             raise ConfigError(
                 f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
             )
-        head_dim = get.positive("head_dim", hidden_size // heads)
+        head_dim = get.positive("head_dim", QWEN3_HEAD_DIM if qwen3 else hidden_size // heads)
         if head_dim % 2:
             raise ConfigError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need an even one")
         get.check_activation()
         get.check_window()
-        qwen3 = model_type == "qwen3"
         # Qwen2 always has Q/K/V biases and never an output bias; Qwen3's one flag covers all four.
-        attention_bias = bool(config.get("attention_bias", False)) if qwen3 else False
-        eos = config.get("eos_token_id")
+        attention_bias = get.flag("attention_bias") if qwen3 else False
         return cls(
             model_type=model_type,
             hidden_size=hidden_size,
             intermediate_size=get.positive("intermediate_size"),
-            num_hidden_layers=get.positive("num_hidden_layers"),
+            num_hidden_layers=get.positive("num_hidden_layers", most=MOST_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
@@ -105,12 +108,12 @@ class ModelSpec:
             max_position_embeddings=get.positive("max_position_embeddings", 32768),
             rms_norm_eps=get.number("rms_norm_eps", 1e-6),
             rope_theta=get.rope_theta(),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tie_word_embeddings=get.flag("tie_word_embeddings"),
             qkv_bias=attention_bias if qwen3 else True,
             output_bias=attention_bias,
             qk_norm=qwen3,
             torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or "bfloat16"),
-            eos_token_id=tuple(eos) if isinstance(eos, list) else (() if eos is None else (int(eos),)),
+            eos_token_id=get.token_ids("eos_token_id"),
             config=dict(config),
         )
 
@@ -174,7 +177,7 @@ class _Reader:
     where: str
 
     def architecture(self) -> str:
-        names = self.config.get("architectures") or []
+        names = self.names("architectures")
         for name in names:
             if name in ARCHITECTURES:
                 return ARCHITECTURES[name]
@@ -186,14 +189,42 @@ class _Reader:
             f"known are {', '.join(ARCHITECTURES)}"
         )
 
-    def positive(self, key: str, default: int | None = None) -> int:
+    def names(self, key: str) -> list[str]:
+        """A list of strings, empty when the key is absent or null."""
+        value = self.config.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise ConfigError(f"{self.where}: {key} is {value!r}; it must be a list of names")
+        return value
+
+    def flag(self, key: str) -> bool:
+        """true or false; false when the key is absent or null."""
+        value = self.config.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise ConfigError(f"{self.where}: {key} is {value!r}; it must be true or false")
+        return bool(value)
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """One token id or a list of them, as a tuple."""
+        value = self.config.get(key)
+        found = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(
+            isinstance(token, int) and not isinstance(token, bool) and 0 <= token <= MOST for token in found
+        ):
+            raise ConfigError(f"{self.where}: {key} is {value!r}; it must be a token id or a list of them")
+        return tuple(found)
+
+    def positive(self, key: str, default: int | None = None, most: int = MOST) -> int:
         value = self.config.get(key)
         if value is None:
             value = default
         if value is None:
-            raise ConfigError(f"{self.where}: key {key!r} is missing; the file does not describe a Qwen model")
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
-            raise ConfigError(f"{self.where}: {key} is {value!r}; it must be a positive whole number")
+            raise ConfigError(
+                f"{self.where}: key {key!r} is missing; the file does not describe a Qwen model"
+            )
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+            raise ConfigError(f"{self.where}: {key} is {value!r}; it must be a whole number from 1 to {most}")
         return value
 
     def number(self, key: str, default: float) -> float:
@@ -230,11 +261,11 @@ class _Reader:
             raise ConfigError(f"{self.where}: hidden_act {act!r} is not supported; Qwen models use 'silu'")
 
     def check_window(self) -> None:
-        if self.config.get("use_sliding_window"):
+        if self.flag("use_sliding_window"):
             raise ConfigError(
                 f"{self.where}: use_sliding_window is true, which is not supported; set it to false to attend fully"
             )
-        types = set(self.config.get("layer_types") or []) - {"full_attention"}
+        types = set(self.names("layer_types")) - {"full_attention"}
         if types:
             raise ConfigError(
                 f"{self.where}: layer_types has {sorted(types)}; only 'full_attention' is supported"
