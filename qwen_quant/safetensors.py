@@ -6,6 +6,7 @@ Format: https://github.com/huggingface/safetensors#format. An 8-byte little-endi
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,8 @@ import numpy as np
 from qwen_quant.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+MAX_DIMS = 8  # far more than any tensor of a model has
+MAX_SIZE = 2**48  # bytes or elements: beyond any file, and small enough for NumPy
 STORAGE: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -59,7 +62,7 @@ class Entry:
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_SIZE
 
 
 class SafetensorsFile:
@@ -90,18 +93,30 @@ class SafetensorsFile:
         if not isinstance(header, dict):
             raise self._broken("header is not a JSON object")
         metadata = header.pop("__metadata__", None) or {}
-        return {name: self._entry(name, fields, 8 + length) for name, fields in header.items()}, metadata
+        if not isinstance(metadata, dict):
+            raise self._broken(f"__metadata__ is {metadata!r}, not an object")
+        entries = {name: self._entry(name, fields, 8 + length) for name, fields in header.items()}
+        self._check_overlaps(entries)
+        return entries, metadata
+
+    def _check_overlaps(self, entries: Mapping[str, Entry]) -> None:
+        placed = sorted((entry for entry in entries.values() if entry.nbytes), key=lambda entry: entry.offset)
+        for first, second in itertools.pairwise(placed):
+            if second.offset < first.offset + first.nbytes:
+                raise self._broken(f"tensors {first.name!r} and {second.name!r} overlap")
 
     def _entry(self, name: str, fields: Any, start: int) -> Entry:
         if not isinstance(fields, dict):
             raise self._broken(f"tensor {name!r} has no description")
         dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-        if dtype not in STORAGE:
+        if not isinstance(dtype, str) or dtype not in STORAGE:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} has dtype {dtype!r}, which is not supported "
                 f"(known: {', '.join(STORAGE)}); convert the checkpoint to BF16"
             )
-        if not isinstance(shape, list) or not all(_whole(n) for n in shape):
+        if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_whole(n) for n in shape):
+            raise self._broken(f"tensor {name!r} has shape {shape!r}")
+        if math.prod(n or 1 for n in shape) > MAX_SIZE:  # NumPy refuses these even when one dimension is 0
             raise self._broken(f"tensor {name!r} has shape {shape!r}")
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(_whole(n) for n in offsets):
             raise self._broken(f"tensor {name!r} has data_offsets {offsets!r}")

@@ -23,7 +23,7 @@ MOST_LAYERS = 10_000  # a damaged count must not become an inventory of millions
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a checkpoint. `role` is embedding, head, norm, bias or linear; `layer` is -1 outside layers."""
+    """A tensor of a checkpoint. `role`: embedding, head, norm, bias or linear; `layer`: -1 outside layers."""
 
     name: str
     shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class ModelSpec:
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelSpec:
-        """Read `folder/config.json`. Raises ConfigError when it is missing, not JSON, or not a model we know."""
+        """Read `folder/config.json`. Raises ConfigError when it is missing, not JSON, or of another model."""
         path = Path(folder) / "config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
@@ -236,7 +236,7 @@ class _Reader:
         return float(value)
 
     def rope_theta(self) -> float:
-        """The rotary base from `rope_theta` or transformers 5's `rope_parameters`; only plain rotation passes."""
+        """The base from `rope_theta` or transformers 5's `rope_parameters`; only plain rotation passes."""
         # transformers 5 writes rope_parameters, older releases rope_theta and rope_scaling: read both.
         theta = self.config.get("rope_theta")
         for key in ("rope_scaling", "rope_parameters"):
@@ -263,7 +263,8 @@ class _Reader:
     def check_window(self) -> None:
         if self.flag("use_sliding_window"):
             raise ConfigError(
-                f"{self.where}: use_sliding_window is true, which is not supported; set it to false to attend fully"
+                f"{self.where}: use_sliding_window is true, which is not supported; "
+                "set it to false to attend fully"
             )
         types = set(self.names("layer_types")) - {"full_attention"}
         if types:

@@ -106,14 +106,14 @@ def test_heads_that_do_not_divide_the_hidden_size() -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", '{"a": 1} x', "[" * 100_000, "\x00", '"text"'])
 def test_a_file_that_is_not_a_json_object(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ConfigError, match="config.json") as caught:
+    with pytest.raises(ConfigError, match=r"config\.json") as caught:
         ModelSpec.from_folder(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"\xff\xfe{}\xd8")
-    with pytest.raises(ConfigError, match="config.json"):
+    with pytest.raises(ConfigError, match=r"config\.json"):
         ModelSpec.from_folder(tmp_path)
 
 
