@@ -3,6 +3,8 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
+#include <cstring>
+
 #include "bind.h"
 #include "error.h"
 
@@ -11,10 +13,13 @@ namespace nb = nanobind;
 namespace {
 
 // Raises a class of qwen_quant.errors, which Python code can catch without knowing about this module.
+// Names out of a damaged file need not be UTF-8; what is not is shown escaped.
 void raise(const char* class_name, const std::exception& error) {
     try {
         const nb::object type = nb::module_::import_("qwen_quant.errors").attr(class_name);
-        PyErr_SetString(type.ptr(), error.what());
+        const nb::object text = nb::steal(PyUnicode_DecodeUTF8(
+            error.what(), static_cast<Py_ssize_t>(std::strlen(error.what())), "backslashreplace"));
+        if (text.is_valid()) PyErr_SetObject(type.ptr(), text.ptr());
     } catch (nb::python_error& failure) {
         failure.restore();
     }

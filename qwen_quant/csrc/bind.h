@@ -3,11 +3,21 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <string>
+
 namespace qq {
 
 void bind_gguf(nanobind::module_& m);
 void bind_engine(nanobind::module_& m);
 void bind_kernels(nanobind::module_& m);
+
+// str, bytes or os.PathLike as the bytes that the file system wants.
+inline std::string file_path(nanobind::handle path) {
+    PyObject* encoded = nullptr;
+    if (!PyUnicode_FSConverter(path.ptr(), &encoded)) nanobind::raise_python_error();
+    const nanobind::bytes owner = nanobind::steal<nanobind::bytes>(encoded);
+    return std::string(owner.c_str(), owner.size());
+}
 
 // A new array of float that owns its memory.
 using FloatArray = nanobind::ndarray<nanobind::numpy, float>;

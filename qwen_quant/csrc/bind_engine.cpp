@@ -47,8 +47,8 @@ void bind_engine(nb::module_& m) {
              },
              nb::arg("file"), nb::arg("n_threads") = 0, nb::arg("isa") = "auto", nb::arg("n_ctx") = 0)
         .def("__init__",
-             [](Engine* self, const std::string& path, int n_threads, const std::string& isa, int64_t n_ctx) {
-                 new (self) Engine(std::make_shared<GgufFile>(path), n_threads, isa, n_ctx);
+             [](Engine* self, nb::handle path, int n_threads, const std::string& isa, int64_t n_ctx) {
+                 new (self) Engine(std::make_shared<GgufFile>(file_path(path)), n_threads, isa, n_ctx);
              },
              nb::arg("path"), nb::arg("n_threads") = 0, nb::arg("isa") = "auto", nb::arg("n_ctx") = 0)
         .def("forward", &forward, nb::arg("tokens"), nb::arg("n_past"), nb::arg("all_logits") = false,

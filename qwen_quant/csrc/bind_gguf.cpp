@@ -92,8 +92,9 @@ Bytes raw(nb::handle_t<GgufFile> self, const std::string& name) {
 
 void bind_gguf(nb::module_& m) {
     nb::class_<GgufFile>(m, "GGUF", "A GGUF file (v2, v3), mapped and checked. Raises FormatError.")
-        .def(nb::init<const std::string&>(), nb::arg("path"))
-        .def_prop_ro("path", &GgufFile::path)
+        .def("__init__", [](GgufFile* self, nb::handle path) { new (self) GgufFile(file_path(path)); },
+             nb::arg("path"))
+        .def_prop_ro("path", [](const GgufFile& f) { return nb::steal(PyUnicode_DecodeFSDefault(f.path().c_str())); })
         .def_prop_ro("version", &GgufFile::version)
         .def_prop_ro("size", &GgufFile::size)
         .def_prop_ro("alignment", &GgufFile::alignment)

@@ -20,6 +20,16 @@ constexpr uint32_t kMaxDims = 4;
 const char* const kCutRemedy = "the file is cut short or damaged: copy, download or export it again";
 const char* const kDamagedRemedy = "the file is damaged or not a GGUF file: copy, download or export it again";
 
+// Names out of a damaged file, fit for a message: short and without control characters.
+std::string one_line(std::string text) {
+    constexpr size_t kLongest = 200;
+    if (text.size() > kLongest) text = text.substr(0, kLongest) + "...";
+    for (char& c : text) {
+        if (static_cast<unsigned char>(c) < 0x20 || c == 0x7f) c = '?';
+    }
+    return text;
+}
+
 // Reads forward through the header; every read is checked against the end of the file.
 class Cursor {
 public:
@@ -157,7 +167,7 @@ GgufFile::GgufFile(const std::string& path) : path_(path) {
 GgufFile::~GgufFile() { unmap(); }
 
 void GgufFile::fail(const std::string& what, const std::string& problem, const std::string& remedy) const {
-    throw FormatError(path_ + ": " + what + ": " + problem + "; " + remedy);
+    throw FormatError(path_ + ": " + one_line(what) + ": " + one_line(problem) + "; " + remedy);
 }
 
 void GgufFile::map_file() {

@@ -10,7 +10,7 @@
 namespace qq {
 
 // A row of k activations as int8, for weights whose blocks hold 32:
-// codes int8[k], then scale float[k / 32], then scale * sum(codes) float[k / 32].
+// codes int8[k], then scale float[k / 32], then the sum of the codes int32[k / 32].
 // x ~ scale * code with scale = max|x| / 127 of the block, as llama.cpp's Q8_1.
 static inline size_t q8_row_bytes(int64_t k) { return static_cast<size_t>(k + k / kBlock * 8); }
 

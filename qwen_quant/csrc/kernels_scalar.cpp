@@ -92,10 +92,11 @@ void matmul_blocks(const MatmulArgs& a) {
                 const uint8_t* row = a.x + t * a.x_row_bytes;
                 const int8_t* x = reinterpret_cast<const int8_t*>(row) + b * kBlock;
                 const float* scales = reinterpret_cast<const float*>(row + a.k);
+                const int32_t* sums = reinterpret_cast<const int32_t*>(scales + n_blocks);
                 int32_t dot = 0;
                 for (int i = 0; i < kBlock; ++i) dot += static_cast<int32_t>(block.codes[i]) * x[i];
                 a.y[t * a.ldy + r] += block.scale * scales[b] * static_cast<float>(dot) +
-                                      block.minimum * scales[n_blocks + b];
+                                      block.minimum * (scales[b] * static_cast<float>(sums[b]));
             }
         }
     }
@@ -105,6 +106,7 @@ void quantize_row(const float* x, int64_t k, uint8_t* out) {
     const int64_t n_blocks = k / kBlock;
     int8_t* codes = reinterpret_cast<int8_t*>(out);
     float* scales = reinterpret_cast<float*>(out + k);
+    int32_t* sums = reinterpret_cast<int32_t*>(scales + n_blocks);
     constexpr float kTiny = 1e-30f;       // smaller blocks count as zero: 127 / max would overflow
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest even integer
     for (int64_t b = 0; b < n_blocks; ++b, x += kBlock, codes += kBlock) {
@@ -122,9 +124,8 @@ void quantize_row(const float* x, int64_t k, uint8_t* out) {
             codes[i] = static_cast<int8_t>(rounded);
             sum += codes[i];
         }
-        scales[b] = largest / 127.0f;
-        scales[n_blocks + b] = scales[b] * static_cast<float>(sum);
-        if (bits >= 0x7f800000u) scales[b] = scales[n_blocks + b] = bits_to_float(0x7fc00000u);
+        scales[b] = bits < 0x7f800000u ? largest / 127.0f : bits_to_float(0x7fc00000u);
+        sums[b] = sum;
     }
 }
 

@@ -33,6 +33,12 @@ inline __m256 load_half8(const void* p) {
 
 inline float half_scale(const uint8_t* p) { return _cvtsh_ss(load_u16(p)); }
 
+inline __m256 broadcast_half(const uint8_t* p) {
+    return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(load_u16(p))));
+}
+
+inline __m256i first_lane(int32_t value) { return _mm256_zextsi128_si256(_mm_cvtsi32_si128(value)); }
+
 // exp(x): 2^n * p(r) with r = x - n ln 2 in [-ln2/2, ln2/2] and p the Taylor polynomial of degree 7,
 // whose relative error there is below 1e-8. NaN passes through (max/min return their second operand).
 inline __m256 exp8(__m256 x) {
@@ -75,62 +81,85 @@ struct LoadBF16 {
     static float load1(const uint8_t* p) { return bf16_to_float(load_u16(p)); }
 };
 
-// 32 weights of a block as int8, so that weight = scale * code + minimum.
-struct BlockQ8_0 {
-    static constexpr int kBytes = 34;
-    static constexpr bool kHasMinimum = false;
-    static __m256i codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 2)); }
-};
-
 inline __m256i nibbles(const uint8_t* p) {
     const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(raw), _mm_srli_epi16(raw, 4), 1);
     return _mm256_and_si256(both, _mm256_set1_epi8(15));
 }
 
+// How 32 weights lie in a block: weight = scale * (code - kOffset) + minimum.
+struct BlockQ8_0 {
+    static constexpr int kBytes = 34;
+    static constexpr int kOffset = 0;
+    static constexpr bool kUnsigned = false, kHasMinimum = false;
+    static __m256i codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 2)); }
+};
+
 struct BlockQ4_0 {
     static constexpr int kBytes = 18;
-    static constexpr bool kHasMinimum = false;
-    static __m256i codes(const uint8_t* p) { return _mm256_sub_epi8(nibbles(p + 2), _mm256_set1_epi8(8)); }
+    static constexpr int kOffset = 8;
+    static constexpr bool kUnsigned = true, kHasMinimum = false;
+    static __m256i codes(const uint8_t* p) { return nibbles(p + 2); }
 };
 
 struct BlockQ4_1 {
     static constexpr int kBytes = 20;
-    static constexpr bool kHasMinimum = true;
+    static constexpr int kOffset = 0;
+    static constexpr bool kUnsigned = true, kHasMinimum = true;
     static __m256i codes(const uint8_t* p) { return nibbles(p + 4); }
 };
 
-// Weights of one block made ready once, then multiplied with the activations of several tokens; 8 partial sums.
+// Products of unsigned and signed bytes, summed by fours onto `start`.
 #ifdef __AVX512VNNI__
-// The instruction wants unsigned times signed: activations get +128, and 128 * (sum of weights) is taken off again.
+inline __m256i dot_unsigned(__m256i start, __m256i u, __m256i s) { return _mm256_dpbusd_epi32(start, u, s); }
+#else
+// Exact while each sum of two products stays below 2^15.
+inline __m256i dot_unsigned(__m256i start, __m256i u, __m256i s) {
+    return _mm256_add_epi32(start, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
+}
+#endif
+
+// The codes of one block, made ready once and multiplied with the activations of several tokens. The offset of
+// unsigned codes is taken off through `start`, which the activations bring along: -kOffset * sum(x) in one lane.
+template <bool Unsigned>
 struct PreparedBlock {
+    __m256i codes;
+    PreparedBlock() = default;
+    explicit PreparedBlock(__m256i c) : codes(c) {}
+    __m256i dot(__m256i start, __m256i x) const { return dot_unsigned(start, codes, x); }
+    static __m256i activations(__m256i x) { return x; }
+};
+
+#ifdef __AVX512VNNI__
+// Signed codes: activations get +128 to become unsigned, and 128 * (sum of codes) is taken off again.
+template <>
+struct PreparedBlock<false> {
     __m256i codes, offset;
+    PreparedBlock() = default;
     explicit PreparedBlock(__m256i c)
         : codes(c),
           offset(_mm256_sub_epi32(_mm256_setzero_si256(),
                                   _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(-128), c))) {}
-    PreparedBlock() = default;
-    __m256i dot(__m256i x) const { return _mm256_dpbusd_epi32(offset, x, codes); }
+    __m256i dot(__m256i, __m256i x) const { return _mm256_dpbusd_epi32(offset, x, codes); }
+    static __m256i activations(__m256i x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
 };
-inline __m256i prepare_activations(__m256i x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }
 #else
-// |w| * (x with the sign of w); products stay below 2 * 128 * 127 < 2^15, so the 16-bit sums cannot saturate.
-struct PreparedBlock {
+// Signed codes: |w| * (x with the sign of w); two products reach 2 * 128 * 127 < 2^15.
+template <>
+struct PreparedBlock<false> {
     __m256i codes, magnitude;
-    explicit PreparedBlock(__m256i c) : codes(c), magnitude(_mm256_abs_epi8(c)) {}
     PreparedBlock() = default;
-    __m256i dot(__m256i x) const {
-        const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(x, codes));
-        return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-    }
+    explicit PreparedBlock(__m256i c) : codes(c), magnitude(_mm256_abs_epi8(c)) {}
+    __m256i dot(__m256i start, __m256i x) const { return dot_unsigned(start, magnitude, _mm256_sign_epi8(x, codes)); }
+    static __m256i activations(__m256i x) { return x; }
 };
-inline __m256i prepare_activations(__m256i x) { return x; }
 #endif
 
 // ---- matrix products --------------------------------------------------------------------------------------------
 
 template <class W, int R, int T>
 inline void tile_blocks(const MatmulArgs& a, int64_t r0, int64_t t0) {
+    using Prepared = PreparedBlock<W::kUnsigned>;
     const int64_t n_blocks = a.k / kBlock;
     const uint8_t* w = a.weights + r0 * a.row_bytes;
     const uint8_t* x = a.x + t0 * a.x_row_bytes;
@@ -143,25 +172,27 @@ inline void tile_blocks(const MatmulArgs& a, int64_t r0, int64_t t0) {
         }
     }
     for (int64_t b = 0; b < n_blocks; ++b) {
-        PreparedBlock block[R];
+        Prepared block[R];
         __m256 scale[R];
         float minimum[R];
         for (int r = 0; r < R; ++r) {
             const uint8_t* p = w + r * a.row_bytes + b * W::kBytes;
-            block[r] = PreparedBlock(W::codes(p));
-            scale[r] = _mm256_set1_ps(half_scale(p));
+            block[r] = Prepared(W::codes(p));
+            scale[r] = broadcast_half(p);
             minimum[r] = W::kHasMinimum ? half_scale(p + 2) : 0.0f;
         }
         for (int t = 0; t < T; ++t) {
             const uint8_t* row = x + t * a.x_row_bytes;
             const float* scales = reinterpret_cast<const float*>(row + a.k);
+            const int32_t* sums = reinterpret_cast<const int32_t*>(scales + n_blocks);
             const __m256i codes =
-                prepare_activations(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + b * kBlock)));
+                Prepared::activations(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + b * kBlock)));
+            const __m256i start = W::kOffset == 0 ? _mm256_setzero_si256() : first_lane(-W::kOffset * sums[b]);
             const __m256 x_scale = _mm256_broadcast_ss(scales + b);
             for (int r = 0; r < R; ++r) {
-                const __m256 dot = _mm256_cvtepi32_ps(block[r].dot(codes));
+                const __m256 dot = _mm256_cvtepi32_ps(block[r].dot(start, codes));
                 acc[r][t] = _mm256_fmadd_ps(dot, _mm256_mul_ps(scale[r], x_scale), acc[r][t]);
-                if (W::kHasMinimum) minimum_sum[r][t] += minimum[r] * scales[n_blocks + b];
+                if (W::kHasMinimum) minimum_sum[r][t] += minimum[r] * (scales[b] * static_cast<float>(sums[b]));
             }
         }
     }
@@ -239,7 +270,8 @@ void dequantize_blocks(const uint8_t* data, int64_t n, float* out) {
     for (int64_t b = 0; b < n / kBlock; ++b) {
         const uint8_t* p = data + b * W::kBytes;
         alignas(32) int8_t codes[kBlock];
-        _mm256_store_si256(reinterpret_cast<__m256i*>(codes), W::codes(p));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(codes),
+                           _mm256_sub_epi8(W::codes(p), _mm256_set1_epi8(W::kOffset)));
         const __m256 scale = _mm256_set1_ps(half_scale(p));
         const __m256 minimum = _mm256_set1_ps(W::kHasMinimum ? half_scale(p + 2) : 0.0f);
         for (int i = 0; i < kBlock; i += 8) {
@@ -256,6 +288,7 @@ void dequantize_blocks(const uint8_t* data, int64_t n, float* out) {
 void quantize_row(const float* x, int64_t k, uint8_t* out) {
     const int64_t n_blocks = k / kBlock;
     float* scales = reinterpret_cast<float*>(out + k);
+    int32_t* sums = reinterpret_cast<int32_t*>(scales + n_blocks);
     const __m256i magnitude_mask = _mm256_set1_epi32(0x7fffffff);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undoes the 128-bit halves of the packs
     for (int64_t b = 0; b < n_blocks; ++b) {
@@ -281,9 +314,8 @@ void quantize_row(const float* x, int64_t k, uint8_t* out) {
         __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
         s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
         s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
-        const float scale = largest <= 3.4e38f ? largest / 127.0f : NAN;
-        scales[b] = scale;
-        scales[n_blocks + b] = scale * static_cast<float>(_mm_cvtsi128_si32(s));
+        scales[b] = largest <= 3.4e38f ? largest / 127.0f : NAN;
+        sums[b] = _mm_cvtsi128_si32(s);
     }
 }
 

@@ -36,7 +36,7 @@ class GGUFFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.core = _core.GGUF(os.fspath(path))
+        self.core = _core.GGUF(path)
         self.path = self.core.path
         self.tensors = {info[0]: TensorInfo(*info) for info in self.core.tensors()}
 

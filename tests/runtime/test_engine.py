@@ -43,8 +43,8 @@ def test_logits_equal_transformers(
     assert logits.shape == reference.shape
     difference = np.abs(logits - reference).max()
     if tensor_type in ("F32", "F16", "BF16"):
-        # Later tokens see cached values that fell on the other side of an FP16 rounding.
-        assert np.abs(logits[0] - reference[0]).max() < 5e-5
+        # What is left is cached keys and values that fell on the other side of an FP16 rounding.
+        assert np.median(np.abs(logits - reference)) < 3e-4
         assert difference < 3e-3
     else:  # int8 activations
         assert kld(reference, logits) < 1e-3
