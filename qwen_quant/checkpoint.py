@@ -14,7 +14,7 @@ import numpy as np
 from qwen_quant.errors import CheckpointError, ConfigError, UsageError
 from qwen_quant.grids.base import QuantizedTensor
 from qwen_quant.grids.gptq import V1, V2, IntGrid, PackedLinear, unpack
-from qwen_quant.safetensors import SafetensorsFile, bf16_to_f32
+from qwen_quant.safetensors import SafetensorsFile, bf16_to_f32, storage_dtype
 from qwen_quant.spec import ModelSpec, TensorInfo
 
 REFERENCE = "reference"  # the word that names the bundled checkpoint on the command line
@@ -30,8 +30,12 @@ def resolve_model(model: str) -> Path:
 
     Raises UsageError when it is none of them, CheckpointError when a download fails.
     """
-    path = Path(model).expanduser()
-    if path.exists():
+    try:
+        path = Path(model).expanduser()
+        found = path.exists()
+    except (OSError, RuntimeError):  # a name too long for the system, or ~ of an unknown user
+        path, found = Path(model), False
+    if found:
         return path
     if model == REFERENCE:
         return Path(__file__).parent / "reference"
@@ -66,12 +70,14 @@ class TensorSource:
         self._shard_of = self._find_shards()
 
     def _find_shards(self) -> dict[str, str]:
+        if (self.folder / SINGLE).exists():  # before an index, as transformers has it
+            return dict.fromkeys(self._file(SINGLE).entries, SINGLE)
         index = self.folder / INDEX
         if index.exists():
             try:
                 weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 mapping = {str(name): str(shard) for name, shard in weight_map.items()}
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise CheckpointError(f"{index}: is not a shard index; download it again") from None
             for shard in sorted(set(mapping.values())):
                 if Path(shard).name != shard or not (self.folder / shard).is_file():
@@ -79,8 +85,6 @@ class TensorSource:
                         f"{self.folder / shard}: this shard is missing ({INDEX} names it); download it again"
                     )
             return mapping
-        if (self.folder / SINGLE).exists():
-            return dict.fromkeys(self._file(SINGLE).entries, SINGLE)
         if any(self.folder.glob("pytorch_model*.bin")):
             raise CheckpointError(
                 f"{self.folder}: holds pickled pytorch_model.bin weights, which are not read for safety; "
@@ -199,6 +203,8 @@ class Checkpoint:
         if config is None:
             return None
         where = self.folder / "config.json"
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"{where}: quantization_config is {config!r}; it must be an object")
         method = config.get("quant_method")
         if method != "gptq":
             raise ConfigError(
@@ -245,22 +251,22 @@ class Checkpoint:
         groups = grid.n_groups(k)
         parts.setdefault("g_idx", (np.arange(k) // grid.columns_per_group(k)).astype(np.int32))
         expected = {
-            "qweight": (k * grid.bits // 32, n),
-            "qzeros": (groups, n * grid.bits // 32),
-            "scales": (groups, n),
-            "g_idx": (k,),
+            "qweight": (("I32",), (k * grid.bits // 32, n)),
+            "qzeros": (("I32",), (groups, n * grid.bits // 32)),
+            "scales": (("F16", "BF16", "F32"), (groups, n)),
+            "g_idx": (("I32", "I64"), (k,)),
         }
-        for part, shape in expected.items():
-            if part not in parts or parts[part].shape != shape:
-                found = list(parts[part].shape) if part in parts else "nothing"
+        for part, (dtypes, shape) in expected.items():
+            found = f"{storage_dtype(parts[part])} {list(parts[part].shape)}" if part in parts else "nothing"
+            if found not in [f"{dtype} {list(shape)}" for dtype in dtypes]:
                 raise CheckpointError(
-                    f"{self.folder}: tensor {stem + part!r} should have shape {list(shape)}, found {found}; "
+                    f"{self.folder}: tensor {stem + part!r} should be {dtypes[0]} {list(shape)}, found {found}; "
                     "quantization_config and weights do not belong together"
                 )
         if parts["g_idx"].min() < 0 or parts["g_idx"].max() >= groups:
             raise CheckpointError(f"{self.folder}: tensor {stem + 'g_idx'!r} names groups beyond {groups - 1}")
         scales = parts["scales"]
-        if self.source.dtype(stem + "scales") == "BF16":
+        if storage_dtype(scales) == "BF16":
             scales = bf16_to_f32(scales)
         if not np.isfinite(scales).all():
             raise CheckpointError(f"{self.folder}: tensor {stem + 'scales'!r} holds NaN or infinite values")

@@ -29,14 +29,20 @@ def _reporting(target: Path) -> Iterator[None]:
         raise OutputError(f"{target}: cannot be written ({reason}); choose another place with -o") from None
 
 
+def _beside(target: Path) -> Path:
+    """The name under which an output is written; "." and ".." are resolved, for they have no beside."""
+    place = Path(os.path.abspath(target))
+    return place.with_name(f".{place.name}.{os.getpid()}.partial")
+
+
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a path beside `target`; on success it is synced and renamed to `target`, otherwise removed."""
     target = Path(target)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     with _reporting(target):
         if target.is_dir():
             raise OutputError(f"{target}: is a folder; name a file with -o")
+        partial = _beside(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
@@ -51,15 +57,19 @@ def atomic_file(target: Path) -> Iterator[Path]:
 def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a new folder beside `target`; on success its files are synced and it takes `target`'s name.
 
-    Raises OutputError when `target` already holds files (unless `overwrite`) or cannot be written.
+    Raises OutputError when `target` cannot be written or already holds files: `overwrite` replaces
+    checkpoints (folders with config.json), nothing else.
     """
     target = Path(target)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     with _reporting(target):
         if target.exists() and not target.is_dir():
             raise OutputError(f"{target}: is a file; name a folder with -o")
-        if target.is_dir() and any(target.iterdir()) and not overwrite:
-            raise OutputError(f"{target}: is not empty; remove it, choose another -o, or pass --overwrite")
+        if target.is_dir() and any(target.iterdir()):
+            if not overwrite:
+                raise OutputError(f"{target}: is not empty; choose another -o or pass --overwrite")
+            if not (target / "config.json").is_file():
+                raise OutputError(f"{target}: is not empty and no checkpoint; remove it or choose another -o")
+        partial = _beside(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -67,9 +77,10 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             yield partial
             for path in partial.rglob("*"):
                 _fsync(path)
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(partial, target)
-            _fsync(target.parent)
+            place = Path(os.path.abspath(target))
+            if place.is_dir():
+                shutil.rmtree(place)
+            os.replace(partial, place)
+            _fsync(place.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

@@ -23,10 +23,10 @@ class IntGrid(AffineGrid):
     """`bits`-bit integers, symmetric (zero fixed at the middle) or with an integer zero per group."""
 
     def __init__(self, bits: int = 4, group_size: int = 128, sym: bool = True) -> None:
-        if bits not in BITS:
-            raise UsageError(f"--bits {bits}: not supported; choose one of {', '.join(map(str, BITS))}")
-        if group_size not in GROUP_SIZES:
-            raise UsageError(f"--group-size {group_size}: not supported; choose one of {GROUP_SIZES}")
+        if not isinstance(bits, int) or bits not in BITS:
+            raise UsageError(f"--bits {bits!r}: not supported; choose one of {', '.join(map(str, BITS))}")
+        if not isinstance(group_size, int) or group_size not in GROUP_SIZES:
+            raise UsageError(f"--group-size {group_size!r}: not supported; choose one of {GROUP_SIZES}")
         self.bits, self.group_size, self.sym = bits, group_size, sym
         self.name = f"int{bits}" + ("" if group_size == -1 else f"-g{group_size}") + ("" if sym else "-asym")
 
