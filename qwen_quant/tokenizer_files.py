@@ -217,7 +217,7 @@ def _gguf_special(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Special
         return [int(v) for v in values if v is not None and 0 <= int(v) < len(tokens)]
 
     ends = [*ids("tokenizer.ggml.eos_token_id"), *ids("tokenizer.ggml.eot_token_id")]
-    ends += ids("tokenizer.ggml.eos_token_ids")
+    ends += ids("qwen_quant.eos_token_ids")
     keys = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
     named = {name: tokens[i] for name, key in keys.items() for i in ids(f"tokenizer.ggml.{key}")}
     template = metadata.get("tokenizer.chat_template")

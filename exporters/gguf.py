@@ -1,0 +1,180 @@
+"""Writing GGUF files, which llama.cpp, Ollama and our own engine read.
+
+Every shape and type is known from the spec, so the header is written first and the tensors follow one by one:
+memory holds one tensor, or one decoder layer while the quantizer delivers them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Protocol, cast
+
+import gguf
+import numpy as np
+
+from qwen_quant.checkpoint import Checkpoint
+from qwen_quant.errors import FormatError
+from qwen_quant.exporters.gguf_metadata import add_metadata
+from qwen_quant.exporters.gguf_tensors import (
+    Choice,
+    check_type,
+    choose_types,
+    gguf_name,
+    grid_choice,
+    native_type,
+    pack_tensor,
+    stored_parts,
+)
+from qwen_quant.files import atomic_file
+from qwen_quant.grids.base import QuantizedTensor
+from qwen_quant.grids.gguf import GRIDS, gguf_grid
+from qwen_quant.progress import progress
+from qwen_quant.tokenizer import Tokenizer
+
+__all__ = ["Written", "export_gguf", "grid_choice", "native_type"]
+
+
+class Layer(Protocol):
+    """A quantized decoder layer as the quantizer's stream yields it."""
+
+    layer: int
+    tensors: dict[str, QuantizedTensor]
+
+
+@dataclass
+class Written:
+    """What `export_gguf` wrote: bytes, each tensor's GGUF type, and why some are not of the file's type."""
+
+    bytes: int = 0
+    types: dict[str, str] = field(default_factory=dict)
+    layers: list[Layer] = field(default_factory=list)
+    unquantized: dict[str, str] = field(default_factory=dict)
+
+
+def export_gguf(
+    checkpoint: Checkpoint,
+    output: Path,
+    file_type: str | None = None,
+    *,
+    layers: Iterable[Layer] | None = None,
+    record: Mapping[str, Any] | None = None,
+    token_embedding_type: str | None = None,
+    output_tensor_type: str | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Written:
+    """Write `checkpoint` as a GGUF file of `file_type` (F32, F16, BF16, Q8_0, Q4_0, Q4_1).
+
+    `layers` delivers quantized decoder layers in order, on the grids of `grid_choice(file_type)`; without it
+    weights are rounded to nearest, and the integers of a GPTQ checkpoint are repacked unchanged (they also
+    decide what no `file_type` means). Norms and biases stay F32. Embedding and head are Q8_0 in a quantized
+    file, or what a GPTQ checkpoint stores, unless `token_embedding_type` or `output_tensor_type` are given.
+    `record` (the recipe) is written under `qwen_quant.*`.
+
+    Raises UsageError for unknown types, FormatError when a tensor does not fit its type, CheckpointError for
+    weights that are missing or not finite, OutputError when `output` cannot be written.
+    """
+    if file_type is None:
+        file_type = "F16" if checkpoint.quantization is None else native_type(checkpoint)
+    check_type(file_type)
+    for option, chosen in (
+        ("--token-embedding-type", token_embedding_type),
+        ("--output-tensor-type", output_tensor_type),
+    ):
+        if chosen is not None:
+            check_type(chosen, option)
+    choices = choose_types(checkpoint, file_type, token_embedding_type, output_tensor_type)
+    written = Written(types={c.info.name: c.type for c in choices})
+    written.unquantized = {c.info.name: c.reason for c in choices if c.reason and c.type not in GRIDS}
+    tokenizer = Tokenizer.from_folder(checkpoint.folder) if tokenizer is None else tokenizer
+    with atomic_file(Path(output)) as path:
+        writer = gguf.GGUFWriter(path, checkpoint.spec.model_type)
+        try:
+            add_metadata(writer, checkpoint, tokenizer, file_type, record or {})
+            _write_header(writer, choices)
+            if layers is None:
+                _write_stored(writer, checkpoint, choices)
+            else:
+                _write_layers(writer, checkpoint, choices, layers, written)
+        finally:
+            writer.close()
+        written.bytes = path.stat().st_size
+    return written
+
+
+def _write_header(writer: gguf.GGUFWriter, choices: Iterable[Choice]) -> None:
+    for choice in choices:
+        kind = gguf.GGMLQuantizationType[choice.type]
+        # float32 stands for "the shape counts weights, not bytes"; the type is `kind`.
+        writer.add_tensor_info(
+            gguf_name(choice.info), choice.info.shape, np.dtype(np.float32), choice.nbytes, raw_dtype=kind
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
+class _Parts:
+    """Arrays written one after the other where GGUFWriter expects a single one."""
+
+    def __init__(self, choice: Choice, parts: Iterable[np.ndarray]) -> None:
+        self.nbytes = choice.nbytes
+        self._choice, self._parts = choice, parts
+
+    def tofile(self, stream: IO[bytes]) -> None:
+        """Write the parts to `stream`. Raises FormatError when they are not as many bytes as announced."""
+        written = 0
+        for part in self._parts:
+            stream.write(np.ascontiguousarray(part).data)
+            written += part.nbytes
+        if written != self.nbytes:
+            raise FormatError(
+                f"{self._choice.info.name}: has {written} bytes where its shape needs {self.nbytes}"
+            )
+
+
+def _write(writer: gguf.GGUFWriter, choice: Choice, parts: Iterable[np.ndarray]) -> None:
+    # The writer asks an array for its size and `tofile` only; pieces spare the memory of a whole embedding.
+    array = cast("np.ndarray[Any, Any]", _Parts(choice, parts))
+    writer.write_tensor_data(array, tensor_endianess=gguf.GGUFEndian.LITTLE)
+
+
+def _write_stored(writer: gguf.GGUFWriter, checkpoint: Checkpoint, choices: list[Choice]) -> None:
+    """Every tensor from the checkpoint as it is."""
+    with progress("writing", len(choices)) as advance:
+        for choice in choices:
+            _write(writer, choice, stored_parts(checkpoint, choice))
+            advance(1, choice.info.name)
+
+
+def _write_layers(
+    writer: gguf.GGUFWriter,
+    checkpoint: Checkpoint,
+    choices: list[Choice],
+    layers: Iterable[Layer],
+    written: Written,
+) -> None:
+    """The outer tensors from the checkpoint, then each layer as it arrives; its weights are let go."""
+    for choice in choices:
+        if choice.info.layer < 0:
+            _write(writer, choice, stored_parts(checkpoint, choice))
+    count = 0
+    for layer in layers:
+        for choice in (c for c in choices if c.info.layer == count):
+            _write(writer, choice, _layer_parts(checkpoint, choice, layer))
+        layer.tensors.clear()
+        written.layers.append(layer)
+        count += 1
+    if count != checkpoint.spec.num_hidden_layers:
+        raise FormatError(f"{checkpoint.folder}: {count} layers came of {checkpoint.spec.num_hidden_layers}")
+
+
+def _layer_parts(checkpoint: Checkpoint, choice: Choice, layer: Layer) -> Iterator[np.ndarray]:
+    tensor = layer.tensors.get(choice.info.name)
+    if choice.type not in GRIDS:
+        return stored_parts(checkpoint, choice)
+    where = f"{checkpoint.folder}: {choice.info.name}"
+    if tensor is None:
+        raise FormatError(f"{where}: is {choice.type} in this file, but was not quantized")
+    return iter([pack_tensor(where, tensor, gguf_grid(choice.type))])

@@ -1,0 +1,133 @@
+"""The key-value part of a GGUF file: what a reader needs to build model and tokenizer, and our recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from qwen_quant import __version__
+from qwen_quant.checkpoint import Checkpoint
+from qwen_quant.errors import CheckpointError
+from qwen_quant.spec import ModelSpec
+from qwen_quant.tokenizer import UNUSED, Tokenizer
+
+_FILE_TYPES = {
+    "F32": gguf.LlamaFileType.ALL_F32,
+    "F16": gguf.LlamaFileType.MOSTLY_F16,
+    "BF16": gguf.LlamaFileType.MOSTLY_BF16,
+    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+    "Q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
+}
+
+
+def add_metadata(
+    writer: gguf.GGUFWriter,
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    file_type: str,
+    record: Mapping[str, Any],
+) -> None:
+    """Add every key to `writer`. `record` (the recipe) goes under `qwen_quant.*`.
+
+    Raises CheckpointError when tokenizer and weights do not belong together, FormatError when the tokenizer
+    cuts text in a way that GGUF readers do not know.
+    """
+    _add_general(writer, checkpoint, file_type)
+    _add_architecture(writer, checkpoint.spec)
+    _add_tokenizer(writer, checkpoint, tokenizer)
+    for key, value in {"version": __version__, **record}.items():
+        _add_value(writer, f"qwen_quant.{key}", value)
+
+
+def _add_general(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_type: str) -> None:
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(_model_name(checkpoint))
+    parameters = sum(_size(info.shape) for info in checkpoint.spec.tensors())
+    writer.add_size_label(gguf.size_label(parameters, parameters, 0, 0))
+    writer.add_quantized_by(f"qwen-quant {__version__}")
+    writer.add_file_type(_FILE_TYPES[file_type])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _model_name(checkpoint: Checkpoint) -> str:
+    """The name the checkpoint gives itself, else its folder's."""
+    stored = checkpoint.spec.config.get("_name_or_path")
+    name = Path(stored).name if isinstance(stored, str) else ""
+    return name or checkpoint.folder.resolve().name
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count
+
+
+def _add_architecture(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
+    writer.add_block_count(spec.num_hidden_layers)
+    writer.add_context_length(spec.max_position_embeddings)
+    writer.add_embedding_length(spec.hidden_size)
+    writer.add_feed_forward_length(spec.intermediate_size)
+    writer.add_head_count(spec.num_attention_heads)
+    writer.add_head_count_kv(spec.num_key_value_heads)
+    writer.add_key_length(spec.head_dim)
+    writer.add_value_length(spec.head_dim)
+    writer.add_rope_dimension_count(spec.head_dim)
+    writer.add_rope_freq_base(spec.rope_theta)
+    writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
+    writer.add_vocab_size(spec.vocab_size)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    size = checkpoint.spec.vocab_size
+    if tokenizer.vocab_size > size:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the tokenizer has {tokenizer.vocab_size} tokens, but the embedding "
+            f"{size} rows; tokenizer and weights do not belong together"
+        )
+    padding = range(tokenizer.vocab_size, size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(tokenizer.pre_tokenizer_name())
+    writer.add_token_list([*tokenizer.tokens, *(f"[PAD{i}]" for i in padding)])
+    writer.add_token_types([*tokenizer.token_types, *(UNUSED for _ in padding)])
+    writer.add_token_merges([f"{left} {right}" for left, right in tokenizer.merges])
+    named = {key: tokenizer.token_id(spelling) for key, spelling in tokenizer.named_tokens.items()}
+    end_of_text, end_of_turn = tokenizer.token_id("<|endoftext|>"), tokenizer.token_id("<|im_end|>")
+    ids = {
+        gguf.Keys.Tokenizer.BOS_ID: _first(
+            named.get("bos_token"), checkpoint.spec.config.get("bos_token_id"), end_of_text
+        ),
+        gguf.Keys.Tokenizer.EOS_ID: _first(*tokenizer.eos_ids),
+        gguf.Keys.Tokenizer.EOT_ID: end_of_turn,
+        gguf.Keys.Tokenizer.PAD_ID: _first(named.get("pad_token"), end_of_text),
+    }
+    for key, token in ids.items():
+        if token is not None:
+            writer.add_uint32(key, token)
+    writer.add_array("qwen_quant.eos_token_ids", list(tokenizer.eos_ids))
+    writer.add_add_bos_token(False)
+    if tokenizer.chat_template is not None:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _first(*candidates: Any) -> int | None:
+    """The first that is a token id."""
+    return next((c for c in candidates if isinstance(c, int) and c >= 0), None)
+
+
+def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_int64(key, value)
+    elif isinstance(value, float):
+        writer.add_float64(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_string(key, json.dumps(value, ensure_ascii=False, sort_keys=True, default=str))

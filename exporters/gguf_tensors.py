@@ -1,0 +1,217 @@
+"""What each tensor of a checkpoint becomes in a GGUF file: its name, its type, and its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from qwen_quant.checkpoint import Checkpoint
+from qwen_quant.errors import FormatError, UsageError
+from qwen_quant.grids.base import QuantizedTensor, Scales, to_fp16
+from qwen_quant.grids.gguf import BLOCK, GRIDS, BlockGrid, gguf_grid
+from qwen_quant.grids.gptq import IntGrid
+from qwen_quant.quantize.recipe import GridChoice
+from qwen_quant.safetensors import f32_to_bf16
+from qwen_quant.spec import TensorInfo
+
+FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+TYPES = (*FLOAT_BYTES, *GRIDS)
+FALLBACK = "F16"
+# For a float checkpoint's embedding and head: 8 bits cost little loss and are read as quickly as 4.
+OUTER_TYPE = "Q8_0"
+_STORED = {"F64": "F32", "F32": "F32", "F16": "F16", "BF16": "BF16"}
+_OUTER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(info: TensorInfo) -> str:
+    """llama.cpp's name of a tensor."""
+    module, _, kind = info.name.rpartition(".")
+    if info.layer < 0:
+        return f"{_OUTER_NAMES[module]}.{kind}"
+    module = module.removeprefix(f"model.layers.{info.layer}.")
+    return f"blk.{info.layer}.{_LAYER_NAMES[module]}.{kind}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one tensor is stored; `reason` says why a weight is not on the file's grid."""
+
+    info: TensorInfo
+    type: str
+    reason: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Stored size in bytes."""
+        count = int(np.prod(self.info.shape, dtype=np.int64))
+        if self.type in FLOAT_BYTES:
+            return count * FLOAT_BYTES[self.type]
+        return count // BLOCK * gguf_grid(self.type).block_bytes
+
+
+def check_type(type_name: str, option: str = "--type") -> str:
+    """`type_name` itself. Raises UsageError when it is not a type we write."""
+    if type_name not in TYPES:
+        raise UsageError(f"{option} {type_name}: not supported; choose one of {', '.join(TYPES)}")
+    return type_name
+
+
+def grid_choice(file_type: str) -> GridChoice:
+    """The grid of each linear layer in a file of `file_type`, as the quantizer asks for it."""
+    grid = gguf_grid(file_type)
+    return lambda info: grid if info.role == "linear" and info.shape[1] % BLOCK == 0 else None
+
+
+def native_type(checkpoint: Checkpoint) -> str:
+    """The GGUF type that holds a GPTQ checkpoint's integers.
+
+    Raises FormatError when none does, with the remedy.
+    """
+    assert checkpoint.quantization is not None
+    grid = checkpoint.quantization.grid
+    found = {(4, True): "Q4_0", (8, True): "Q8_0", (4, False): "Q4_1"}.get((grid.bits, grid.sym))
+    if found is None:
+        kind = "symmetric" if grid.sym else "asymmetric"
+        raise FormatError(
+            f"{checkpoint.folder}: GGUF's simple types cannot hold {kind} {grid.bits}-bit integers; quantize "
+            "with --bits 4 or with --bits 8 --sym, or export with --type F16"
+        )
+    return found
+
+
+def choose_types(
+    checkpoint: Checkpoint, file_type: str, token_embedding_type: str | None, output_tensor_type: str | None
+) -> list[Choice]:
+    """The type of every tensor in the order in which they are written: outer ones, then layer by layer.
+
+    Raises UsageError when a tied embedding is asked to have two types, FormatError when the integers of a
+    GPTQ checkpoint do not fit `file_type`.
+    """
+    if checkpoint.quantization is not None and file_type in GRIDS and file_type != native_type(checkpoint):
+        raise FormatError(
+            f"{checkpoint.folder}: its integers are {checkpoint.quantization.grid.name}, which {file_type} "
+            f"cannot hold; export with --type {native_type(checkpoint)}"
+        )
+    wanted = {"embedding": token_embedding_type, "head": output_tensor_type}
+    if checkpoint.spec.tie_word_embeddings:
+        if None not in wanted.values() and token_embedding_type != output_tensor_type:
+            raise UsageError(
+                "--token-embedding-type and --output-tensor-type differ, but this model's embedding and "
+                "head are one tensor; give the same type"
+            )
+        wanted["embedding"] = token_embedding_type or output_tensor_type
+    infos = checkpoint.spec.tensors()
+    return [_choose(checkpoint, info, file_type, wanted.get(info.role)) for info in infos]
+
+
+def _choose(checkpoint: Checkpoint, info: TensorInfo, file_type: str, wanted: str | None) -> Choice:
+    if info.role in ("norm", "bias"):
+        return Choice(info, "F32", "a vector: its bytes do not count")
+    if checkpoint.is_quantized(info.name):
+        return Choice(info, file_type)
+    reason = ""
+    if wanted is not None:
+        chosen, reason = wanted, "asked for"
+    elif checkpoint.quantization is not None and file_type in GRIDS:
+        chosen, reason = _STORED[checkpoint.source.dtype(info.name)], "as the GPTQ checkpoint stores it"
+    elif file_type in GRIDS and info.role != "linear":
+        chosen, reason = OUTER_TYPE, "embeddings and heads keep 8 bits"
+    else:
+        chosen = file_type
+    if chosen in GRIDS and info.shape[1] % BLOCK:
+        return Choice(info, FALLBACK, f"{info.shape[1]} columns are not a multiple of {BLOCK}")
+    return Choice(info, chosen, "" if chosen == file_type else reason)
+
+
+def stored_parts(checkpoint: Checkpoint, choice: Choice) -> Iterator[np.ndarray]:
+    """The bytes of a tensor straight from the checkpoint, in pieces: rounded to nearest, or repacked.
+
+    Raises CheckpointError for values that are not finite, FormatError for those that the type cannot hold.
+    """
+    name, where = choice.info.name, f"{checkpoint.folder}: {choice.info.name}"
+    if checkpoint.is_quantized(name):
+        tensor = checkpoint.quantized(name)
+        if choice.type in GRIDS:
+            yield pack_tensor(where, tensor, gguf_grid(choice.type))
+        else:
+            yield from encode_floats(where, [tensor.decode()], choice.type)
+    else:
+        yield from encode_floats(where, checkpoint.source.chunks(name), choice.type)
+
+
+def encode_floats(where: str, parts: Iterable[np.ndarray], type_name: str) -> Iterator[np.ndarray]:
+    """Float32 rows as the stored bytes of `type_name`; grids are rounded to nearest."""
+    for part in parts:
+        if type_name in GRIDS:
+            grid = gguf_grid(type_name)
+            yield grid.pack(grid.plain_rounding(part))
+        elif type_name == "BF16":
+            yield f32_to_bf16(part)
+        elif type_name == "F16":
+            with np.errstate(over="ignore"):
+                half = part.astype("<f2")
+            if not np.isfinite(half).all():
+                raise FormatError(f"{where}: holds values beyond FP16's 65504; export with --type BF16")
+            yield half
+        else:
+            yield part.astype("<f4", copy=False)
+
+
+def pack_tensor(where: str, tensor: QuantizedTensor, grid: BlockGrid) -> np.ndarray:
+    """The stored bytes, uint8 [N, bytes per row], of a tensor on `grid`, or on the integer grid of a GPTQ
+    checkpoint that `grid` can hold: the same codes, and each group's scale repeated for its blocks of 32.
+
+    Raises FormatError naming `where` when `grid` cannot hold them exactly.
+    """
+    if isinstance(tensor.grid, IntGrid):
+        tensor = _repacked(where, tensor, grid)
+    if not np.isfinite(tensor.scales.scale).all() or not np.isfinite(tensor.scales.offset).all():
+        raise FormatError(f"{where}: a scale is not finite; quantize the model again")
+    return grid.pack(tensor)
+
+
+def _repacked(where: str, tensor: QuantizedTensor, grid: BlockGrid) -> QuantizedTensor:
+    source, k = tensor.grid, tensor.codes.shape[1]
+    assert isinstance(source, IntGrid)
+    group = source.columns_per_group(k)
+    if tensor.group_index is not None:
+        raise FormatError(
+            f"{where}: its groups are not in order (desc_act), which GGUF cannot hold; "
+            "quantize without --desc-act"
+        )
+    if k % BLOCK or group % BLOCK:
+        raise FormatError(
+            f"{where}: {k} columns in groups of {group} do not fill blocks of {BLOCK}; export with --type F16"
+        )
+    scale, zero = tensor.scales.scale, tensor.scales.offset  # [N, G]
+    if not np.array_equal(to_fp16(scale), scale):
+        raise FormatError(
+            f"{where}: its scales are not FP16 values, GGUF would change them; export with --type F16"
+        )
+    if not source.sym:
+        offset = to_fp16(-scale * zero)
+    elif (zero == source.middle).all():
+        offset = zero
+    else:
+        raise FormatError(
+            f"{where}: its zeros are not all {source.middle}, but quantization_config says sym; "
+            "set sym to false"
+        )
+    # A short last group is filled by the repetition beyond its end.
+    scale, offset = (np.repeat(x, group // BLOCK, axis=1)[:, : k // BLOCK] for x in (scale, offset))
+    return QuantizedTensor(grid, tensor.codes, Scales(scale, offset))
