@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <mutex>
 
 #include "bind.h"
 #include "engine.h"
@@ -16,10 +17,17 @@ namespace {
 
 using Tokens = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
+// Waits for the requests of other Python threads, which need the GIL to finish.
+std::unique_lock<std::mutex> begin_request(Engine& engine) {
+    const nb::gil_scoped_release release;
+    return std::unique_lock<std::mutex>(engine.request());
+}
+
 // Between chunks Python may run its signal handlers, so that Ctrl-C ends a long prompt.
 FloatArray forward(Engine& engine, const Tokens& tokens, int64_t n_past, bool all_logits) {
     const int64_t n = static_cast<int64_t>(tokens.shape(0));
     const size_t n_vocab = static_cast<size_t>(engine.config().n_vocab);
+    const auto request = begin_request(engine);
     engine.begin(tokens.data(), n, n_past);
     FloatArray logits = all_logits ? new_floats({static_cast<size_t>(n), n_vocab}) : new_floats({n_vocab});
     for (int64_t done = 0; done < n;) {
@@ -53,7 +61,10 @@ void bind_engine(nb::module_& m) {
              nb::arg("path"), nb::arg("n_threads") = 0, nb::arg("isa") = "auto", nb::arg("n_ctx") = 0)
         .def("forward", &forward, nb::arg("tokens"), nb::arg("n_past"), nb::arg("all_logits") = false,
              "Appends tokens after the first n_past of the context; logits [V] of the last, or [T, V] of all.")
-        .def("reset", &Engine::reset)
+        .def("reset", [](Engine& e) {
+            const auto request = begin_request(e);
+            e.reset();
+        })
         .def_prop_ro("n_past", &Engine::n_past)
         .def_prop_ro("n_vocab", [](const Engine& e) { return e.config().n_vocab; })
         .def_prop_ro("n_ctx", &Engine::n_ctx)

@@ -54,13 +54,11 @@ size_t Engine::scratch_bytes() const {
 }
 
 void Engine::reset() {
-    std::lock_guard<std::mutex> lock(mutex_);
     n_past_ = 0;
     kv_.clear();
 }
 
 void Engine::begin(const int32_t* tokens, int64_t n_tokens, int64_t n_past) {
-    std::lock_guard<std::mutex> lock(mutex_);
     if (n_tokens < 1) throw RunError("no tokens given; a prompt needs at least one");
     if (n_past < 0 || n_past > n_past_) {
         throw RunError("n_past is " + std::to_string(n_past) + ", the context holds " + std::to_string(n_past_) +
@@ -81,7 +79,6 @@ void Engine::begin(const int32_t* tokens, int64_t n_tokens, int64_t n_past) {
 }
 
 void Engine::step(const int32_t* tokens, int64_t n_tokens, Logits which, float* logits) {
-    std::lock_guard<std::mutex> lock(mutex_);
     if (n_tokens > kChunk) throw RunError("more tokens in one step than Engine::kChunk");
     reserve_scratch(n_tokens);
     extend_rope_tables(n_past_ + n_tokens);

@@ -25,6 +25,9 @@ public:
     // n_threads 0: as many as the process may use. n_ctx 0: what the model was made for.
     Engine(std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx);
 
+    // Held by the caller for a whole request: one call to begin and the steps that follow, or a reset.
+    std::mutex& request() { return request_; }
+
     // Checks tokens and context for a whole request, before its first chunk, and forgets what lies beyond n_past.
     void begin(const int32_t* tokens, int64_t n_tokens, int64_t n_past);
     // Appends up to kChunk tokens to the context. logits: [n_vocab] or [n_tokens, n_vocab] as asked.
@@ -97,7 +100,7 @@ private:
     std::vector<Scratch> scratch_;
     std::vector<float> rope_cos_, rope_sin_;  // [positions, head_dim / 2]
     std::atomic<int64_t> not_finite_{-1};     // first layer that saw something not finite, n_layers for the output
-    std::mutex mutex_;
+    std::mutex request_;
 };
 
 }  // namespace qq

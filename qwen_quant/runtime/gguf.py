@@ -18,8 +18,8 @@ from qwen_quant.errors import FormatError
 class TensorInfo:
     """Where a tensor lies in a GGUF file.
 
-    `shape` has the outermost dimension first, so that a weight matrix is (N, K); `offset` counts from the start
-    of the file, `nbytes` is the stored size.
+    `shape` has the outermost dimension first, so that a weight matrix is (N, K); `offset` counts from the
+    start of the file, `nbytes` is the stored size.
     """
 
     name: str

@@ -15,8 +15,8 @@ from qwen_quant.errors import UsageError
 class SamplingParams:
     """How to choose a token.
 
-    temperature 0 takes the most likely one. `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off.
-    `seed` None draws a new seed from the system. Raises UsageError for values out of range.
+    temperature 0 takes the most likely one. `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are
+    off. `seed` None draws a new seed from the system. Raises UsageError for values out of range.
     """
 
     temperature: float = 0.0
@@ -43,8 +43,8 @@ class SamplingParams:
 class Sampler:
     """Applies SamplingParams; draws are reproducible from the seed.
 
-    The order is llama.cpp's: repetition penalty, top-k, top-p, min-p, temperature. The filters see probabilities
-    at temperature 1.
+    The order is llama.cpp's: repetition penalty, top-k, top-p, min-p, temperature. The filters see
+    probabilities at temperature 1.
     """
 
     def __init__(self, params: SamplingParams) -> None:
@@ -58,13 +58,14 @@ class Sampler:
             logits = penalize(logits, history, params.repetition_penalty)
         if params.temperature == 0.0:
             return int(np.argmax(logits))
-        candidates = most_likely(logits, params.top_k)  # token ids, most likely first
-        scores = logits[candidates].astype(np.float64)
-        keep = filtered_length(scores, params.top_p, params.min_p)
-        probabilities = softmax(scores[:keep] / params.temperature)
-        threshold = self._random.random()
-        chosen = int(np.searchsorted(np.cumsum(probabilities), threshold, side="right"))
-        return int(candidates[min(chosen, keep - 1)])
+        candidates = most_likely(logits, params.top_k) if params.top_k else np.arange(logits.size)
+        if params.top_p < 1.0:
+            candidates = nucleus(logits, candidates, params.top_p)
+        if params.min_p > 0.0:
+            candidates = candidates[logits[candidates] >= logits.max() + np.log(params.min_p)]
+        cumulative = np.cumsum(softmax(logits[candidates] / params.temperature))
+        chosen = int(np.searchsorted(cumulative, self._random.random(), side="right"))
+        return int(candidates[min(chosen, candidates.size - 1)])
 
 
 def penalize(
@@ -81,28 +82,33 @@ def penalize(
     return result
 
 
-def most_likely(logits: npt.NDArray[np.float32], top_k: int) -> npt.NDArray[np.int64]:
-    """Ids of the `top_k` largest logits (0: of all), largest first; among equals the lower id."""
-    if 0 < top_k < logits.size:
-        threshold = np.partition(logits, logits.size - top_k)[logits.size - top_k]
-        ids = np.flatnonzero(logits >= threshold)
+def most_likely(scores: npt.NDArray[np.floating], count: int) -> npt.NDArray[np.int64]:
+    """Indices of the `count` largest scores, largest first; among equals the lower index."""
+    if count < scores.size:
+        threshold = np.partition(scores, scores.size - count)[scores.size - count]
+        indices = np.flatnonzero(scores >= threshold)
     else:
-        ids = np.arange(logits.size)
-    order = ids[np.argsort(-logits[ids], kind="stable")]
-    return order[:top_k] if top_k > 0 else order
+        indices = np.arange(scores.size)
+    return indices[np.argsort(-scores[indices], kind="stable")][:count]
 
 
-def softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def softmax(scores: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     """exp(scores) divided by their sum."""
-    weights = np.exp(scores - scores.max())
+    weights = np.exp(scores.astype(np.float64) - scores.max())
     return weights / weights.sum()
 
 
-def filtered_length(scores: npt.NDArray[np.float64], top_p: float, min_p: float) -> int:
-    """How many of the sorted `scores` survive top-p (the fewest that reach that mass), then min-p."""
-    keep = scores.size
-    if top_p < 1.0:
-        keep = min(keep, int(np.searchsorted(np.cumsum(softmax(scores)), top_p)) + 1)
-    if min_p > 0.0:
-        keep = min(keep, int(np.count_nonzero(scores >= scores[0] + np.log(min_p))))
-    return max(keep, 1)
+def nucleus(
+    logits: npt.NDArray[np.float32], candidates: npt.NDArray[np.int64], top_p: float
+) -> npt.NDArray[np.int64]:
+    """The fewest most likely candidates that together reach `top_p`, most likely first.
+
+    Holtzman et al. 2020, https://arxiv.org/abs/1904.09751, section 3.1.
+    """
+    probabilities = softmax(logits[candidates])
+    for count in (1024, probabilities.size):  # sorting a whole vocabulary is seldom needed
+        best = most_likely(probabilities, count)
+        cumulative = np.cumsum(probabilities[best])
+        if cumulative[-1] >= top_p:
+            break
+    return candidates[best[: int(np.searchsorted(cumulative, top_p)) + 1]]

@@ -102,7 +102,7 @@ class Session:
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
-        """Every id that ends a turn: those the metadata names, and the ChatML ones where the vocabulary has them."""
+        """Every id that ends a turn: those the metadata names, and ChatML's where the vocabulary has them."""
         metadata = self.metadata
         ids = {metadata.get(f"tokenizer.ggml.{key}") for key in END_OF_TURN_KEYS}
         tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
@@ -126,7 +126,7 @@ class Session:
         return self.prefill((token,))
 
     def logits(self, tokens: Sequence[int] | npt.NDArray[Any]) -> Logits:
-        """Logits [T, V] of every position of `tokens` [T], read into a fresh context. Raises as `prefill` does."""
+        """Logits [T, V] at every position of `tokens` [T], in a fresh context. Raises as `prefill` does."""
         return self.engine.forward(as_token_ids(tokens), 0, all_logits=True)
 
     def generate(
@@ -161,7 +161,7 @@ class Session:
 
 
 def as_token_ids(tokens: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-    """Token ids [T] as the engine takes them. Raises QwenQuantError for anything that is not a list of ids."""
+    """Token ids [T] as the engine takes them. Raises QwenQuantError for what is not a list of ids."""
     ids = np.asarray(tokens)
     if ids.size == 0:
         raise QwenQuantError("the prompt is empty; give at least one token")

@@ -58,19 +58,19 @@ class TinyModel:
 
 
 def build_reference(architecture: str, tied: bool, head_dim: int, seed: int) -> PreTrainedModel:
-    common = dict(
-        vocab_size=N_VOCAB,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rope_theta=10000.0,
-        max_position_embeddings=512,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=tied,
-        attn_implementation="half_cache",
-    )
+    common = {
+        "vocab_size": N_VOCAB,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": tied,
+        "attn_implementation": "half_cache",
+    }
     torch.manual_seed(seed)
     if architecture == "qwen2":
         model: PreTrainedModel = Qwen2ForCausalLM(Qwen2Config(**common))
@@ -105,7 +105,9 @@ def write_header(writer: gguf.GGUFWriter, model: PreTrainedModel) -> None:
     writer.add_eos_token_id(N_VOCAB - 1)
 
 
-def write_model(path: Path, architecture: str, tensor_type: str, *, tied: bool, head_dim: int = 32) -> TinyModel:
+def write_model(
+    path: Path, architecture: str, tensor_type: str, *, tied: bool, head_dim: int = 32
+) -> TinyModel:
     model = build_reference(architecture, tied, head_dim, seed=5)
     writer = gguf.GGUFWriter(path, architecture)
     write_header(writer, model)

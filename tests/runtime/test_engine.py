@@ -1,8 +1,10 @@
-"""The engine against transformers, against itself in pieces, and across instruction sets and thread counts."""
+"""The engine against transformers, and against itself: in pieces, other instruction sets, other threads."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -129,6 +131,32 @@ def test_the_context_is_never_cut_silently(tiny_model: TinyModels) -> None:
     assert session.n_past == 8
     with pytest.raises(QwenQuantError, match="exceed the context of 512"):
         Session.open(path).prefill(np.zeros(513, dtype=np.int32))
+
+
+def test_ctrl_c_ends_a_long_prompt(tiny_model: TinyModels) -> None:
+    session = Session.open(tiny_model("qwen2", "Q4_0").path, n_ctx=10**6)
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            session.prefill(np.zeros(10**6, dtype=np.int32))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert 0 < session.n_past < 10**6
+    session.reset()
+    assert session.engine.kv_bytes == 0
+    assert np.isfinite(session.prefill(TOKENS)).all()
+
+
+def test_threads_do_not_mix_requests(tiny_model: TinyModels) -> None:
+    """Two Python threads on one engine: each request is served whole."""
+    engine = _core.Engine(str(tiny_model("qwen2", "Q4_0").path), n_threads=2)
+    expected = engine.forward(TOKENS, 0)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda _: engine.forward(TOKENS, 0), range(20)))
+    for logits in results:
+        np.testing.assert_array_equal(logits, expected)
 
 
 def test_unknown_options(tiny_model: TinyModels) -> None:

@@ -133,7 +133,8 @@ def test_metadata_as_the_gguf_package_writes_it(tmp_path: Path) -> None:
         "a.ints": [1, -2, 3], "a.floats": [0.5, 1.5], "a.words": ["x", "", "字"], "a.flags": [True, False],
     }  # fmt: skip
     add = {
-        "a.u8": writer.add_uint8, "a.i8": writer.add_int8, "a.u16": writer.add_uint16, "a.i16": writer.add_int16,
+        "a.u8": writer.add_uint8, "a.i8": writer.add_int8, "a.u16": writer.add_uint16,
+        "a.i16": writer.add_int16,
         "a.u32": writer.add_uint32, "a.i32": writer.add_int32, "a.u64": writer.add_uint64,
         "a.i64": writer.add_int64, "a.f32": writer.add_float32, "a.f64": writer.add_float64,
         "a.yes": writer.add_bool, "a.text": writer.add_string,
@@ -209,8 +210,9 @@ def rewritten(source: Path, target: Path, changes: dict[bytes, bytes]) -> Path:
         ({b"blk.1.ffn_up.weight": b"blk.1.ffn_uq.weight"}, r"tensor 'blk\.1\.ffn_up\.weight': missing"),
         ({b"qwen3.block_count": b"qwen3.block_cound"}, r"key 'qwen3\.block_count': missing"),
         ({b"qwen3.feed_forward_length\x04\0\0\0\xc0": b"qwen3.feed_forward_length\x04\0\0\0\xe0"},
-         r"tensor 'blk\.0\.ffn_gate\.weight': has shape \[192, 128\], the configuration asks for \[224, 128\]"),
-        ({b"qwen3.block_count\x04\0\0\0\x02": b"qwen3.block_count\x04\0\0\0\x01"}, r"'blk\.1\..*' ?: has no place"),
+         r"'blk\.0\.ffn_gate\.weight': has shape \[192, 128\], the configuration asks for \[224, 128\]"),
+        ({b"qwen3.block_count\x04\0\0\0\x02": b"qwen3.block_count\x04\0\0\0\x01"},
+         r"'blk\.1\..*': has no place"),
     ],
 )  # fmt: skip
 def test_models_that_do_not_fit(
