@@ -157,7 +157,7 @@ class AffineGrid(ABC):
             if importance is None:
                 parts.append(self.plain(groups))
             else:
-                weights = self._cut(xp.reshape(importance, (1, k)), size, n_groups)
+                weights = self._cut(xp.reshape(importance, (1, k)), size, n_groups, weigh_filling=False)
                 weights = xp.reshape(
                     xp.broadcast_to(
                         xp.reshape(weights, (1, n_groups, size)), (groups.shape[0] // n_groups, n_groups, size)
@@ -174,13 +174,17 @@ class AffineGrid(ABC):
         scales = self.fit(w)
         return QuantizedTensor(self, self.encode(w, self.spread(scales, w.shape[1])), scales)
 
-    def _cut(self, w: Array, size: int, n_groups: int) -> Array:
-        """[N, K] as [N * G, size]; a short last group is filled with its own last column (no new extremes)."""
+    def _cut(self, w: Array, size: int, n_groups: int, weigh_filling: bool = True) -> Array:
+        """[N, K] as [N * G, size]; a short last group is filled with its own last column (no new extremes).
+
+        For importances `weigh_filling` is False: the filling then counts for nothing.
+        """
         xp = namespace(w)
         n, k = w.shape
         short = n_groups * size - k
         if short:
-            w = xp.concat([w, xp.broadcast_to(w[:, k - 1 :], (n, short))], axis=1)
+            filling = xp.broadcast_to(w[:, k - 1 :], (n, short))
+            w = xp.concat([w, filling if weigh_filling else xp.zeros_like(filling)], axis=1)
         return xp.reshape(w, (n * n_groups, size))
 
     def _error(self, groups: Array, importance: Array, scales: Scales) -> tuple[Array, Array]:
