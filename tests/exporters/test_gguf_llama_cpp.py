@@ -1,0 +1,176 @@
+"""llama.cpp reads our GGUF files and computes what our reference model computes over the same weights."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize
+
+from qwen_quant.checkpoint import Checkpoint
+from qwen_quant.exporters.gguf import export_gguf
+from qwen_quant.exporters.gguf_tensors import gguf_name
+from qwen_quant.model import Model, load_model
+from qwen_quant.tokenizer import Tokenizer
+
+xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp (llama.cpp) is not installed")
+
+PROMPT = "The history of the river is"
+TEXT = PROMPT + " written in its banks, and in the towns along them. 人们在河边生活。 def f(x): return x + 1"
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "head_dim": None,
+    "tie_word_embeddings": False,
+}
+QWEN3 = {"head_dim": 64, "tie_word_embeddings": False}
+
+
+class LlamaCpp:
+    """A llama.cpp server in this process, on one GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(path)
+        parameters.cpuparams.n_threads = 2
+        parameters.warmup = False
+        parameters.n_ctx = 256
+        parameters.n_parallel = 1
+        parameters.verbosity = 0
+        # Attention in FP32, as in the reference: what is compared is the weights.
+        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        self._server = xllamacpp.Server(parameters)
+
+    def complete(self, prompt: list[int], count: int, logprobs: int = 1) -> list[dict[str, Any]]:
+        """Greedy continuation: for each token its id and its `top_logprobs`."""
+        request = {
+            "prompt": prompt, "max_tokens": count, "temperature": 0, "logprobs": logprobs, "ignore_eos": True,
+        }  # fmt: skip
+        answer = self._server.handle_completions(request)
+        return list((answer["choices"][0]["logprobs"] or {"content": []})["content"])
+
+    def tokenize(self, text: str, special: bool) -> list[int]:
+        body = json.dumps({"content": text, "add_special": True, "parse_special": special}).encode()
+        address = f"{self._server.listening_address}/tokenize"
+        with urllib.request.urlopen(urllib.request.Request(address, body), timeout=20) as answer:
+            return list(json.load(answer)["tokens"])
+
+
+@contextmanager
+def llama_cpp(path: Path) -> Iterator[LlamaCpp]:
+    server = LlamaCpp(path)
+    try:
+        yield server
+    finally:
+        del server
+        gc.collect()
+
+
+def model_of(checkpoint: Checkpoint, path: Path) -> Model:
+    """Our reference model over the weights that a GGUF file holds."""
+    model = load_model(checkpoint)
+    names = {gguf_name(info): info.name for info in checkpoint.spec.tensors()}
+    weights = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        kind, shape = gguf.GGMLQuantizationType(tensor.tensor_type), [int(n) for n in tensor.shape[::-1]]
+        values = tensor.data if kind.name in ("F32", "F16") else dequantize(tensor.data, kind)
+        weights[names[tensor.name]] = torch.from_numpy(np.array(values, np.float32).reshape(shape))
+    model.load_state_dict(weights)
+    return model
+
+
+def greedy(model: Model, prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    caches, fresh = model.new_cache(), tokens
+    for _ in range(count):
+        with torch.no_grad():
+            logits = model(torch.tensor([fresh]), caches)[0, -1]
+        fresh = [int(logits.argmax())]
+        tokens += fresh
+    return tokens[len(prompt) :]
+
+
+@pytest.fixture
+def make_model(make_checkpoint: Callable[..., Path], reference: Path) -> Callable[..., Checkpoint]:
+    def make(**changes: Any) -> Checkpoint:
+        folder = make_checkpoint(**{"vocab_size": 4112, **changes})
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(reference / name, folder / name)
+        return Checkpoint(folder)
+
+    return make
+
+
+def logprob_gaps(checkpoint: Checkpoint, path: Path) -> np.ndarray:
+    """How far llama.cpp's top log-probabilities after prefixes of a text lie from ours: [prefixes, 5]."""
+    tokens = Tokenizer.from_folder(checkpoint.folder).encode(TEXT)
+    with torch.no_grad():
+        logits = model_of(checkpoint, path)(torch.tensor([tokens]))[0]
+    ours = torch.log_softmax(logits.double(), dim=-1).numpy()
+    gaps = []
+    with llama_cpp(path) as server:
+        for length in range(2, len(tokens), 2):
+            # No step comes back when the next token is half a character.
+            for step in server.complete(tokens[:length], 1, logprobs=5):
+                row = ours[length - 1]
+                gaps.append([abs(top["logprob"] - row[top["id"]]) for top in step["top_logprobs"]])
+    assert len(gaps) > 10
+    return np.array(gaps)
+
+
+@pytest.mark.parametrize("file_type", ["F16", "BF16"])
+def test_greedy_tokens_of_the_bundled_model(reference: Path, tmp_path: Path, file_type: str) -> None:
+    checkpoint, path = Checkpoint(reference), tmp_path / "m.gguf"
+    export_gguf(checkpoint, path, file_type)
+    prompt = Tokenizer.from_folder(reference).encode(PROMPT)
+    with llama_cpp(path) as server:
+        theirs = [step["id"] for step in server.complete(prompt, 64)]
+    assert theirs == greedy(model_of(checkpoint, path), prompt, 64)
+
+
+@pytest.mark.parametrize("file_type", ["Q8_0", "Q4_0", "Q4_1"])
+def test_logprobs_of_the_bundled_model(reference: Path, tmp_path: Path, file_type: str) -> None:
+    checkpoint, path = Checkpoint(reference), tmp_path / "m.gguf"
+    export_gguf(checkpoint, path, file_type)
+    gaps = logprob_gaps(checkpoint, path)
+    # llama.cpp rounds activations to 8 bits for quantized weights, the reference does not.
+    assert gaps[:, 0].max() < 0.02
+    assert gaps.mean() < 0.01
+
+
+@pytest.mark.parametrize("family", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+def test_logprobs_of_both_families(
+    make_model: Callable[..., Checkpoint], tmp_path: Path, family: Any
+) -> None:
+    checkpoint, path = make_model(**family), tmp_path / "m.gguf"
+    for file_type, limit in (("F32", 0.001), ("F16", 0.02)):
+        export_gguf(checkpoint, path, file_type)
+        assert logprob_gaps(checkpoint, path).max() < limit
+
+
+def test_llama_cpp_tokenizes_as_we_do(reference: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    export_gguf(Checkpoint(reference), path, "Q4_0")
+    tokenizer = Tokenizer.from_folder(reference)
+    texts = [
+        "Hello, world! It's 2,024 — naïve café.",
+        "  spaces \n\n\t tabs\r\n end  ",
+        "中文分词测试:今天天气很好。３个苹果",
+        "emoji 👩‍👩‍👧 👍🏽 Å",
+        "def f(x):\n    return x ** 2  # comment\n",
+        "<|im_start|>user\nHi<|im_end|>\n<think>\n",
+    ]
+    with llama_cpp(path) as server:
+        for text in texts:
+            assert server.tokenize(text, special=True) == tokenizer.encode(text, special=True), text
