@@ -49,7 +49,7 @@ class Written:
 
     bytes: int = 0
     types: dict[str, str] = field(default_factory=dict)
-    layers: list[Layer] = field(default_factory=list)
+    layers: list[Any] = field(default_factory=list)
     unquantized: dict[str, str] = field(default_factory=dict)
 
 

@@ -1,0 +1,85 @@
+"""What `gptq`, `export` and `demo` share: from options to calibrated layers, and the report of how they came out."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from qwen_quant.checkpoint import Checkpoint
+    from qwen_quant.quantize.recipe import GridChoice, Recipe
+    from qwen_quant.quantize.stream import QuantizedLayer
+
+
+def quantized_layers(
+    checkpoint: Checkpoint, grids: GridChoice, recipe: Recipe
+) -> tuple[Iterator[QuantizedLayer], dict[str, Any]]:
+    """The stream of quantized layers, not yet started, and the record that goes into the artifact."""
+    from qwen_quant import calib_data
+    from qwen_quant.quantize.stream import gptq_layers, plain_layers
+    from qwen_quant.tokenizer import Tokenizer
+
+    if not recipe.calibrate:
+        return plain_layers(checkpoint, grids), recipe.record()
+    documents = calib_data.load(recipe.dataset)
+    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    windows = calib_data.sample(documents, tokenizer, recipe.num_samples, recipe.seq_len, recipe.seed)
+    record = recipe.record(calib_data.fingerprint(documents)) | {"num_samples": len(windows)}
+    return gptq_layers(checkpoint, grids, windows, recipe), record
+
+
+def peak_rss_mb() -> float:
+    """The largest resident memory of this process so far, in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def layer_fields(layers: list[QuantizedLayer]) -> list[dict[str, Any]]:
+    """Each linear layer's report, for --json."""
+    return [
+        {
+            "name": report.name,
+            "grid": report.grid,
+            "error": report.error,
+            "rtn_error": report.rtn_error,
+            "damping": report.damping,
+            "tokens": report.tokens,
+            "fallback": report.fallback,
+        }
+        for layer in layers
+        for report in layer.reports
+    ]
+
+
+def layer_table(layers: list[QuantizedLayer]) -> Table:
+    """Errors of the linear layers, a row for each decoder layer: the share of round-to-nearest's that is left."""
+    from rich.table import Table
+
+    table = Table(title="output error, as a share of round-to-nearest's")
+    table.add_column("layer", justify="right")
+    names = [report.name.split(".")[-2].removesuffix("_proj") for report in layers[0].reports]
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_column("s", justify="right")
+    for layer in layers:
+        shares = [f"{r.error / max(r.rtn_error, 1e-30):.3f}{'!' if r.fallback else ''}" for r in layer.reports]
+        table.add_row(str(layer.layer), *shares, f"{layer.seconds:.1f}")
+    return table
+
+
+def print_notes(layers: list[QuantizedLayer], unquantized: dict[str, str]) -> None:
+    """Fallbacks by name, and what stays in full precision, grouped by reason, on standard error."""
+    for layer in layers:
+        for report in layer.reports:
+            if report.fallback:
+                print(f"warning: {report.name}: {report.fallback}", file=sys.stderr)
+    reasons: dict[str, list[str]] = {}
+    for name, reason in unquantized.items():
+        reasons.setdefault(reason, []).append(name)
+    for reason, names in reasons.items():
+        some = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        print(f"not quantized: {some} ({reason})", file=sys.stderr)

@@ -1,0 +1,137 @@
+"""`qwen-quant export`: a checkpoint, full precision or GPTQ, as a file that an engine runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwen_quant.cli import options
+
+if TYPE_CHECKING:
+    from qwen_quant.quantize.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The command line of `export`, parsed; None lets the checkpoint decide."""
+
+    model: str
+    output: Path
+    format: str
+    type: str | None
+    token_embedding_type: str | None
+    output_tensor_type: str | None
+    damp_percent: float
+    dataset: str
+    num_samples: int
+    seq_len: int
+    seed: int
+    device: str
+    no_calibration: bool
+    json: bool
+
+
+def command(
+    model: options.Model,
+    output: options.Output,
+    format: Annotated[str, typer.Option("--format", help="What to write: gguf.")] = "gguf",
+    type: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            show_default=False,
+            help="F32, F16, BF16, Q8_0, Q4_0 or Q4_1; by default what a GPTQ checkpoint holds, else F16.",
+        ),
+    ] = None,
+    token_embedding_type: Annotated[
+        str | None,
+        typer.Option("--token-embedding-type", show_default=False, help="Type of the token embedding alone."),
+    ] = None,
+    output_tensor_type: Annotated[
+        str | None, typer.Option("--output-tensor-type", show_default=False, help="Type of an untied head alone.")
+    ] = None,
+    damp_percent: options.DampPercent = 0.01,
+    dataset: options.Dataset = "builtin",
+    num_samples: options.NumSamples = 128,
+    seq_len: options.SeqLen = 512,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    no_calibration: options.NoCalibration = False,
+    json: options.Json = False,
+) -> None:
+    """Write a checkpoint as GGUF, by GPTQ where it is not quantized."""
+    run(ExportOptions(**locals()))
+
+
+def run(options: ExportOptions) -> None:
+    """Quantize where needed, write, and report."""
+    import time
+
+    from qwen_quant.checkpoint import Checkpoint
+    from qwen_quant.cli import calibrating
+    from qwen_quant.errors import UsageError
+    from qwen_quant.exporters.gguf import check_type, export_gguf, grid_choice
+    from qwen_quant.grids.gguf import GRIDS
+
+    if options.format != "gguf":
+        raise UsageError(f"--format {options.format}: not supported; choose gguf")
+    began = time.monotonic()
+    checkpoint = Checkpoint.open(options.model)
+    file_type = options.type if options.type is None else check_type(options.type.upper())
+    layers, record = None, None
+    if checkpoint.quantization is None and file_type in GRIDS:
+        layers, record = calibrating.quantized_layers(checkpoint, grid_choice(file_type), _recipe(options))
+    elif checkpoint.quantization is not None:
+        record = checkpoint.quantization.raw.get("meta", {}).get("recipe")
+    written = export_gguf(
+        checkpoint,
+        options.output,
+        file_type,
+        layers=layers,
+        record=record,
+        token_embedding_type=options.token_embedding_type,
+        output_tensor_type=options.output_tensor_type,
+    )
+    seconds = time.monotonic() - began
+    if options.json:
+        from qwen_quant.cli.output import print_json
+
+        print_json(
+            {
+                "output": str(options.output),
+                "bytes": written.bytes,
+                "types": written.types,
+                "layers": calibrating.layer_fields(written.layers),
+                "unquantized": written.unquantized,
+                "recipe": record,
+                "seconds": seconds,
+                "peak_rss_mb": calibrating.peak_rss_mb(),
+            }
+        )
+        return
+    from rich.console import Console
+
+    if written.layers and written.layers[0].reports:
+        Console().print(calibrating.layer_table(written.layers))
+    calibrating.print_notes(written.layers, written.unquantized)
+    counts = Counter(written.types.values())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+    print(f"{options.output}: {written.bytes / 1e6:.1f} MB, {seconds:.1f} s, tensors: {kinds}")
+
+
+def _recipe(options: ExportOptions) -> Recipe:
+    from qwen_quant.quantize.recipe import Recipe
+
+    return Recipe(
+        calibrate=not options.no_calibration,
+        dataset=options.dataset,
+        num_samples=options.num_samples,
+        seq_len=options.seq_len,
+        seed=options.seed,
+        damp_percent=options.damp_percent,
+        device=options.device,
+    )

@@ -1,0 +1,147 @@
+"""`qwen-quant gptq`: a checkpoint quantized by GPTQ, written as AutoGPTQ-format safetensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwen_quant.cli import options
+
+
+@dataclass(frozen=True)
+class GPTQOptions:
+    """The command line of `gptq`, parsed."""
+
+    model: str
+    output: Path
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+    damp_percent: float
+    dataset: str
+    num_samples: int
+    seq_len: int
+    seed: int
+    device: str
+    no_calibration: bool
+    checkpoint_format: str
+    max_shard_size: str
+    tied_head: bool
+    overwrite: bool
+    json: bool
+
+
+def command(
+    model: options.Model,
+    output: options.Output,
+    bits: Annotated[int, typer.Option("--bits", help="Bits per weight: 2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[
+        int, typer.Option("--group-size", help="Columns that share a scale: 32, 64, 128, or -1 for whole rows.")
+    ] = 128,
+    sym: Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid, or one with a zero point.")] = True,
+    desc_act: Annotated[
+        bool, typer.Option("--desc-act/--no-desc-act", help="Solve columns by falling activation; writes g_idx.")
+    ] = False,
+    damp_percent: options.DampPercent = 0.01,
+    dataset: options.Dataset = "builtin",
+    num_samples: options.NumSamples = 128,
+    seq_len: options.SeqLen = 512,
+    seed: options.Seed = 0,
+    device: options.Device = "cpu",
+    no_calibration: options.NoCalibration = False,
+    checkpoint_format: Annotated[
+        str, typer.Option("--checkpoint-format", help="How zero points are stored: gptq or gptq_v2.")
+    ] = "gptq",
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", help="Largest safetensors file, like 500MB or 4GB.")
+    ] = "4GB",
+    tied_head: Annotated[
+        bool,
+        typer.Option(
+            "--tied-head/--no-tied-head",
+            help="Store a tied output head a second time: auto-gptq needs it, others do not.",
+        ),
+    ] = True,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+) -> None:
+    """Quantize a checkpoint with GPTQ, layer by layer."""
+    run(GPTQOptions(**locals()))
+
+
+def run(options: GPTQOptions) -> None:
+    """Quantize, write, and report."""
+    import time
+
+    from qwen_quant.checkpoint import Checkpoint
+    from qwen_quant.cli import calibrating
+    from qwen_quant.exporters.gptq import export_gptq
+    from qwen_quant.grids.gptq import IntGrid
+    from qwen_quant.quantize.recipe import Recipe, linear_grid
+
+    began = time.monotonic()
+    grid = IntGrid(options.bits, options.group_size, options.sym)
+    recipe = Recipe(
+        calibrate=not options.no_calibration,
+        dataset=options.dataset,
+        num_samples=options.num_samples,
+        seq_len=options.seq_len,
+        seed=options.seed,
+        damp_percent=options.damp_percent,
+        desc_act=options.desc_act,
+        device=options.device,
+    )
+    limit = parse_size(options.max_shard_size)
+    checkpoint = Checkpoint.open(options.model)
+    layers, record = calibrating.quantized_layers(checkpoint, linear_grid(grid), recipe)
+    written = export_gptq(
+        checkpoint,
+        layers,
+        options.output,
+        grid,
+        recipe,
+        record,
+        checkpoint_format=options.checkpoint_format,
+        max_shard_bytes=limit,
+        tied_head=options.tied_head,
+        overwrite=options.overwrite,
+    )
+    seconds = time.monotonic() - began
+    if options.json:
+        from qwen_quant.cli.output import print_json
+
+        print_json(
+            {
+                "output": str(options.output),
+                "bytes": written.bytes,
+                "grid": grid.name,
+                "layers": calibrating.layer_fields(written.layers),
+                "unquantized": written.unquantized,
+                "recipe": record,
+                "seconds": seconds,
+                "peak_rss_mb": calibrating.peak_rss_mb(),
+            }
+        )
+        return
+    from rich.console import Console
+
+    if recipe.calibrate:
+        Console().print(calibrating.layer_table(written.layers))
+    calibrating.print_notes(written.layers, written.unquantized)
+    size = f"{written.bytes / 1e6:.1f} MB, {grid.name}"
+    print(f"{options.output}: {size}, {seconds:.1f} s, peak {calibrating.peak_rss_mb():.0f} MB")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size like 500MB or 4GB (powers of ten, as Hugging Face counts). Raises UsageError."""
+    from qwen_quant.errors import UsageError
+
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = text[:-2].strip(), text[-2:].upper()
+    if unit not in units or not number.isdigit() or int(number) == 0:
+        raise UsageError(f"--max-shard-size {text}: must be a whole number with KB, MB or GB, like 4GB")
+    return int(number) * units[unit]
