@@ -157,9 +157,17 @@ struct PreparedBlock<false> {
 
 // ---- matrix products --------------------------------------------------------------------------------------------
 
+// A tile of rows is one stretch of memory read as several streams, too short for the hardware to foresee; so each
+// asks for the same place some tiles on.
+inline size_t prefetch_distance(size_t tile_bytes) {
+    constexpr size_t kAhead = 2048;
+    return (kAhead + tile_bytes - 1) / tile_bytes * tile_bytes;
+}
+
 template <class W, int R, int T>
 inline void tile_blocks(const MatmulArgs& a, int64_t r0, int64_t t0) {
     using Prepared = PreparedBlock<W::kUnsigned>;
+    const size_t ahead = prefetch_distance(R * a.row_bytes);
     const int64_t n_blocks = a.k / kBlock;
     const uint8_t* w = a.weights + r0 * a.row_bytes;
     const uint8_t* x = a.x + t0 * a.x_row_bytes;
@@ -177,6 +185,7 @@ inline void tile_blocks(const MatmulArgs& a, int64_t r0, int64_t t0) {
         float minimum[R];
         for (int r = 0; r < R; ++r) {
             const uint8_t* p = w + r * a.row_bytes + b * W::kBytes;
+            if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(p) + ahead, _MM_HINT_T0);
             block[r] = Prepared(W::codes(p));
             scale[r] = broadcast_half(p);
             minimum[r] = W::kHasMinimum ? half_scale(p + 2) : 0.0f;
@@ -203,6 +212,7 @@ inline void tile_blocks(const MatmulArgs& a, int64_t r0, int64_t t0) {
 
 template <class W, int R, int T>
 inline void tile_floats(const MatmulArgs& a, int64_t r0, int64_t t0) {
+    const size_t ahead = prefetch_distance(R * a.row_bytes);
     const uint8_t* w = a.weights + r0 * a.row_bytes;
     const uint8_t* x = a.x + t0 * a.x_row_bytes;
     __m256 acc[R][T];
@@ -212,7 +222,11 @@ inline void tile_floats(const MatmulArgs& a, int64_t r0, int64_t t0) {
     int64_t i = 0;
     for (; i + 8 <= a.k; i += 8) {
         __m256 weight[R];
-        for (int r = 0; r < R; ++r) weight[r] = W::load8(w + r * a.row_bytes + i * W::kBytes);
+        for (int r = 0; r < R; ++r) {
+            const uint8_t* p = w + r * a.row_bytes + i * W::kBytes;
+            if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(p) + ahead, _MM_HINT_T0);
+            weight[r] = W::load8(p);
+        }
         for (int t = 0; t < T; ++t) {
             const __m256 value = LoadF32::load8(x + t * a.x_row_bytes + i * 4);
             for (int r = 0; r < R; ++r) acc[r][t] = _mm256_fmadd_ps(weight[r], value, acc[r][t]);
