@@ -123,7 +123,7 @@ def _first(*candidates: Any) -> int | None:
 def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     if isinstance(value, bool):
         writer.add_bool(key, value)
-    elif isinstance(value, int):
+    elif isinstance(value, int) and -(2**63) <= value < 2**63:
         writer.add_int64(key, value)
     elif isinstance(value, float):
         writer.add_float64(key, value)

@@ -100,23 +100,22 @@ def _read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> tokenizers.To
         raise ConfigError(f"{merges_path}: cannot be read ({error}); {_DOWNLOAD}") from None
     merges = [line for line in lines if line.strip() and not line.startswith("#version")]
     try:
-        return byte_level_bpe(vocab, merges)
+        return byte_level_bpe(vocab, split_merges(merges))
     except Exception as error:
         raise ConfigError(f"{merges_path}: does not fit vocab.json ({error}); {_DOWNLOAD}") from None
 
 
-def byte_level_bpe(vocab: dict[str, int], merges: Iterable[str]) -> tokenizers.Tokenizer:
-    """A Qwen2 tokenizer over a vocabulary and merges ("left right"), without added tokens.
+def split_merges(merges: Iterable[str]) -> list[tuple[str, str]]:
+    """Merges ("left right") as pairs. Raises ValueError for one that is not two tokens."""
+    return [(left, right) for left, right in (merge.split(" ", 1) for merge in merges)]
+
+
+def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """A Qwen2 tokenizer over a vocabulary and merges, without added tokens.
 
     Raises whatever the library raises when a merge names a token that is not in `vocab`.
     """
-    pairs: list[tuple[str, str]] = []
-    for merge in merges:
-        left, space, right = merge.partition(" ")
-        if not space or not left or not right:
-            raise ValueError(f"merge {merge!r} is not two tokens")
-        pairs.append((left, right))
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=pairs))
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = qwen2_pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
@@ -180,7 +179,7 @@ def read_gguf(
     tokens = _strings(metadata, "tokenizer.ggml.tokens", where)
     merges = _strings(metadata, "tokenizer.ggml.merges", where)
     types = metadata.get("tokenizer.ggml.token_type")
-    types = [NORMAL] * len(tokens) if types is None else [int(t) for t in types]
+    types = [NORMAL] * len(tokens) if types is None else list(types)
     if len(types) != len(tokens):
         raise FormatError(
             f"{where}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens; "
@@ -188,24 +187,20 @@ def read_gguf(
         )
     vocab = {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
     try:
-        backend = byte_level_bpe(vocab, merges)
+        pairs = split_merges(merges)
+        backend = byte_level_bpe(vocab, pairs)
     except Exception as error:
         raise FormatError(
             f"{where}: tokenizer.ggml.merges does not fit the tokens ({error}); export the file again"
         ) from None
     added = [(t, kind) for t, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)]
     backend.add_tokens([AddedToken(t, special=kind == CONTROL, normalized=False) for t, kind in added])
-    special = _gguf_special(metadata, tokens)
-    return backend, special, tokens, [(m[0], m[1]) for m in (merge.split(" ", 1) for merge in merges)]
+    return backend, _gguf_special(metadata, tokens), tokens, pairs
 
 
 def _strings(metadata: Mapping[str, Any], key: str, where: str) -> list[str]:
     found = metadata.get(key)
-    if (
-        not isinstance(found, Sequence)
-        or isinstance(found, str)
-        or not all(isinstance(t, str) for t in found)
-    ):
+    if not isinstance(found, Sequence) or isinstance(found, str) or set(map(type, found)) - {str}:
         raise FormatError(f"{where}: {key} is missing or no list of strings; export the file again")
     return list(found)
 
