@@ -91,10 +91,9 @@ def solve(
     `desc_act` groups are formed along the act-order and each tensor carries its `group_index`.
     """
     w = torch.cat(weights)  # [N, K]
-    importance = torch.diagonal(hessian).clone()
-    importance = torch.where(importance > 0, importance, importance.mean() * 1e-3 + 1e-12)
-    hessian = hessian.clone()
-    hessian.diagonal().copy_(importance)
+    diagonal = torch.diagonal(hessian)
+    # Damped as the solve is: an input that calibration never saw may still come alive later.
+    importance = diagonal + max(damp_percent * float(diagonal.mean()), 1e-12)
     order = torch.argsort(importance, descending=True, stable=True)
     factor, damping = inverse_factor(hessian[order][:, order], damp_percent)
 
