@@ -1,0 +1,47 @@
+"""Arguments and options that commands share: each spelled, typed and explained once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="A folder or file, a Hugging Face id, or 'reference' for the bundled model.",
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option("--output", "-o", show_default=False, help="Where to write; appears only when complete."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", "-t", min=1, show_default=False, help="CPU threads; all that are allowed by default."
+    ),
+]
+Isa = Annotated[
+    str, typer.Option("--isa", help="CPU instructions of the GGUF engine: auto, scalar, avx2 or avx512vnni.")
+]
+
+NoCalibration = Annotated[
+    bool, typer.Option("--no-calibration", help="Round to nearest on the same grid instead of GPTQ.")
+]
+DampPercent = Annotated[
+    float, typer.Option("--damp-percent", help="Damping of the Hessian, as a share of its mean diagonal.")
+]
+Dataset = Annotated[
+    str,
+    typer.Option("--dataset", help="'builtin', a .txt or .jsonl file, a folder, or a Hugging Face data set."),
+]
+NumSamples = Annotated[int, typer.Option("--num-samples", help="Calibration windows.")]
+SeqLen = Annotated[int, typer.Option("--seq-len", help="Tokens in a calibration window.")]
+Seed = Annotated[int, typer.Option("--seed", help="Chooses the calibration windows.")]
+Device = Annotated[str, typer.Option("--device", help="Where to calibrate and solve: cpu, cuda, cuda:1 …")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")]

@@ -1,0 +1,89 @@
+"""Where logits come from: the torch reference model for checkpoint folders, our engine for GGUF files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_quant.checkpoint import resolve_model
+from qwen_quant.errors import FormatError, QwenQuantError
+
+if TYPE_CHECKING:
+    from qwen_quant.tokenizer import Tokenizer
+
+Tokens = npt.NDArray[np.int32]
+Logits = npt.NDArray[np.float32]
+
+
+class LogitsProvider(Protocol):
+    """A model that is measured; `name` is how messages call it."""
+
+    name: str
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that comes with the model."""
+
+    @property
+    def n_vocab(self) -> int:
+        """V: rows of the head, padding included."""
+
+    @property
+    def max_ctx(self) -> int:
+        """Tokens that the longest window may have."""
+
+    def window_logits(self, tokens: Tokens, first: int = 0) -> Logits:
+        """Logits [T - first, V] after tokens first … T - 1 of `tokens` [T], nothing preceding the window."""
+
+
+class EngineProvider:
+    """A GGUF file run by the C++ engine."""
+
+    def __init__(self, path: Path, n_threads: int | None = None, isa: str = "auto") -> None:
+        from qwen_quant.runtime.session import Session
+
+        self.name = str(path)
+        self.session = Session.open(path, n_threads=n_threads, isa=isa)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.session.tokenizer
+
+    @property
+    def n_vocab(self) -> int:
+        return self.session.n_vocab
+
+    @property
+    def max_ctx(self) -> int:
+        return self.session.n_ctx
+
+    def window_logits(self, tokens: Tokens, first: int = 0) -> Logits:
+        return self.session.logits(tokens)[first:]
+
+
+def open_provider(
+    model: str | os.PathLike[str], n_threads: int | None = None, isa: str = "auto"
+) -> LogitsProvider:
+    """Open MODEL for measuring: a folder (full precision or GPTQ), a GGUF file, a hub id or `reference`.
+
+    Raises QwenQuantError when MODEL cannot be read, or needs torch and torch is not installed.
+    """
+    path = resolve_model(os.fspath(model))
+    if path.is_dir():
+        try:
+            from qwen_quant.evaluate.torch_provider import TorchProvider
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise QwenQuantError(
+                f"{path}: a checkpoint folder is evaluated with torch, which is not installed; "
+                "pip install 'qwen-quant[quantize]', or compare GGUF files"
+            ) from None
+        return TorchProvider(path, n_threads)
+    if path.suffix == ".gguf":
+        return EngineProvider(path, n_threads, isa)
+    raise FormatError(f"{path}: cannot be evaluated; give a checkpoint folder or a .gguf file")
