@@ -46,19 +46,21 @@ def write_windows(options: argparse.Namespace, path: Path) -> None:
 
 def timed(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
     """Wall seconds and peak RSS in GB of a command. Exits with its output when it fails."""
-    log = tempfile.TemporaryFile()
-    began = time.monotonic()
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.monotonic() - began
-    if status:
-        log.seek(0)
-        sys.exit(log.read().decode(errors="replace")[-4000:] + f"\n{command[0]} failed")
+    with tempfile.TemporaryFile() as log:
+        began = time.monotonic()
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - began
+        if status:
+            log.seek(0)
+            sys.exit(log.read().decode(errors="replace")[-4000:] + f"\n{command[0]} failed")
     return seconds, usage.ru_maxrss * 1024 / 1e9
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--peer-python", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=32)
@@ -90,7 +92,9 @@ def main() -> None:
         }
         for name, rows in results.items()
     }
-    ratios = {key: summary["qwen-quant"][key] / summary["GPTQModel"][key] for key in ("seconds", "peak_rss_gb")}
+    ratios = {
+        key: summary["qwen-quant"][key] / summary["GPTQModel"][key] for key in ("seconds", "peak_rss_gb")
+    }
     report = {"checkpoint": str(options.checkpoint), "median": summary, "ours/peer": ratios, "runs": results}
     print(json.dumps({"median": summary, "ours/peer": ratios}, indent=2))
     if options.json:

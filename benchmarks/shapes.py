@@ -65,13 +65,17 @@ def write(config: dict, folder: Path, seed: int = 0) -> None:
         shutil.copyfile(resolve_model("reference") / name, folder / name)
     rng = np.random.default_rng(seed)
     infos = ModelSpec.from_config(config).tensors()
-    with SafetensorsWriter(folder / "model.safetensors", [Planned(i.name, "BF16", i.shape) for i in infos]) as out:
+    with SafetensorsWriter(
+        folder / "model.safetensors", [Planned(i.name, "BF16", i.shape) for i in infos]
+    ) as out:
         for info in infos:
             out.write_rows(info.name, random_rows(info, rng))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--layers", type=int)

@@ -66,7 +66,9 @@ def layer_table(layers: list[QuantizedLayer]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("s", justify="right")
     for layer in layers:
-        shares = [f"{r.error / max(r.rtn_error, 1e-30):.3f}{'!' if r.fallback else ''}" for r in layer.reports]
+        shares = [
+            f"{r.error / max(r.rtn_error, 1e-30):.3f}{'!' if r.fallback else ''}" for r in layer.reports
+        ]
         table.add_row(str(layer.layer), *shares, f"{layer.seconds:.1f}")
     return table
 

@@ -83,7 +83,9 @@ def run(options: DemoOptions) -> None:
     if options.json:
         from qwen_quant.cli.output import print_json
 
-        print_json({"rows": [asdict(row) for row in rows], "prompt": PROMPT, "text": text, "seconds": seconds})
+        print_json(
+            {"rows": [asdict(row) for row in rows], "prompt": PROMPT, "text": text, "seconds": seconds}
+        )
         return
     from rich.console import Console
 

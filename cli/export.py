@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -52,7 +53,8 @@ def command(
         typer.Option("--token-embedding-type", show_default=False, help="Type of the token embedding alone."),
     ] = None,
     output_tensor_type: Annotated[
-        str | None, typer.Option("--output-tensor-type", show_default=False, help="Type of an untied head alone.")
+        str | None,
+        typer.Option("--output-tensor-type", show_default=False, help="Type of an untied head alone."),
     ] = None,
     damp_percent: options.DampPercent = 0.01,
     dataset: options.Dataset = "builtin",
@@ -86,7 +88,7 @@ def run(options: ExportOptions) -> None:
     if checkpoint.quantization is None and file_type in GRIDS:
         layers, record = calibrating.quantized_layers(checkpoint, grid_choice(file_type), _recipe(options))
     elif checkpoint.quantization is not None:
-        record = checkpoint.quantization.raw.get("meta", {}).get("recipe")
+        record = _stored_record(checkpoint.quantization.raw)
     written = export_gguf(
         checkpoint,
         options.output,
@@ -121,6 +123,13 @@ def run(options: ExportOptions) -> None:
     counts = Counter(written.types.values())
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     print(f"{options.output}: {written.bytes / 1e6:.1f} MB, {seconds:.1f} s, tensors: {kinds}")
+
+
+def _stored_record(quantization_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe in a GPTQ checkpoint of ours; what others wrote about theirs, as far as it has the same form."""
+    meta = quantization_config.get("meta")
+    record = meta.get("recipe") if isinstance(meta, dict) else None
+    return record if isinstance(record, dict) else {}
 
 
 def _recipe(options: ExportOptions) -> Recipe:

@@ -16,7 +16,7 @@ from qwen_quant import __version__
 from qwen_quant.checkpoint import INDEX, SINGLE, Checkpoint
 from qwen_quant.errors import FormatError
 from qwen_quant.files import atomic_folder
-from qwen_quant.grids.gptq import GPTQ_FORMATS, IntGrid, PackedLinear, pack
+from qwen_quant.grids.gptq import GPTQ_FORMATS, IntGrid, pack
 from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.quantize.stream import QuantizedLayer
 from qwen_quant.safetensors import Planned, SafetensorsWriter
@@ -37,7 +37,9 @@ class Written:
     unquantized: dict[str, str] = field(default_factory=dict)
 
 
-def quantization_config(grid: IntGrid, recipe: Recipe, record: dict[str, Any], stored_format: str) -> dict[str, Any]:
+def quantization_config(
+    grid: IntGrid, recipe: Recipe, record: dict[str, Any], stored_format: str
+) -> dict[str, Any]:
     """`quantization_config` of config.json, also the whole of quantize_config.json (auto-gptq reads only that)."""
     return {
         "bits": grid.bits,
@@ -156,7 +158,9 @@ class _ShardSet:
     """All shards open for writing at once; `writer(name)` is the one that holds a tensor."""
 
     def __init__(self, folder: Path, shards: dict[str, list[Planned]]) -> None:
-        self._writers = {shard: SafetensorsWriter(folder / shard, tensors) for shard, tensors in shards.items()}
+        self._writers = {
+            shard: SafetensorsWriter(folder / shard, tensors) for shard, tensors in shards.items()
+        }
         self._shard_of = {t.name: shard for shard, tensors in shards.items() for t in tensors}
 
     def writer(self, name: str) -> SafetensorsWriter:

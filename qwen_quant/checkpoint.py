@@ -39,7 +39,7 @@ def resolve_model(model: str) -> Path:
         return path
     if model == REFERENCE:
         return Path(__file__).parent / "reference"
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not path.suffix == ".gguf":
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and path.suffix != ".gguf":
         return _download(model)
     raise CheckpointError(f"{model}: no such file or folder; give a path, a Hugging Face id, or 'reference'")
 
@@ -157,7 +157,9 @@ class TensorSource:
     def _floats(self, file: SafetensorsFile, name: str, raw: np.ndarray) -> np.ndarray:
         dtype = file.entries[name].dtype
         if dtype not in FLOATS:
-            raise CheckpointError(f"{file.path}: tensor {name!r} has dtype {dtype}, where a float type belongs")
+            raise CheckpointError(
+                f"{file.path}: tensor {name!r} has dtype {dtype}, where a float type belongs"
+            )
         values = bf16_to_f32(raw) if dtype == "BF16" else raw.astype(np.float32, copy=False)
         if not np.isfinite(values).all():
             bad = int(values.size - np.isfinite(values).sum())
@@ -212,7 +214,9 @@ class Checkpoint:
             )
         stored_format = config.get("checkpoint_format", V1)
         if stored_format not in (V1, V2):
-            raise ConfigError(f"{where}: checkpoint_format {stored_format!r} is not supported; use {V1} or {V2}")
+            raise ConfigError(
+                f"{where}: checkpoint_format {stored_format!r} is not supported; use {V1} or {V2}"
+            )
         try:
             grid = IntGrid(config.get("bits", 0), config.get("group_size", 0), bool(config.get("sym", True)))
         except UsageError as error:
@@ -227,7 +231,7 @@ class Checkpoint:
             shape = self.source.shape(info.name)
             if shape != info.shape:
                 raise CheckpointError(
-                    f"{self.folder}: tensor {info.name!r} has shape {list(shape)}, config.json says {list(info.shape)}; "
+                    f"{self.folder}: tensor {info.name!r} has shape {list(shape)}, not {list(info.shape)}; "
                     "config.json and weights do not belong together"
                 )
 
@@ -264,7 +268,9 @@ class Checkpoint:
                     "quantization_config and weights do not belong together"
                 )
         if parts["g_idx"].min() < 0 or parts["g_idx"].max() >= groups:
-            raise CheckpointError(f"{self.folder}: tensor {stem + 'g_idx'!r} names groups beyond {groups - 1}")
+            raise CheckpointError(
+                f"{self.folder}: tensor {stem + 'g_idx'!r} names groups beyond {groups - 1}"
+            )
         scales = parts["scales"]
         if storage_dtype(scales) == "BF16":
             scales = bf16_to_f32(scales)

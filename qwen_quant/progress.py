@@ -7,14 +7,25 @@ import sys
 from collections.abc import Callable, Iterator
 
 
+def _silent(amount: float, note: str) -> None:
+    """Advance nothing."""
+
+
 @contextlib.contextmanager
 def progress(description: str, total: float) -> Iterator[Callable[[float, str], None]]:
     """Yield `advance(amount, note)`; the bar shows `description`, the last note, and the time left."""
     if not sys.stderr.isatty():
-        yield lambda amount, note="": None
+        yield _silent
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),

@@ -139,7 +139,7 @@ class SafetensorsFile:
         try:
             with self.path.open("rb", buffering=0) as file:
                 file.seek(entry.offset + start * row_bytes)
-                view, got = memoryview(data), 0
+                view, got = data.data, 0
                 while got < len(data):
                     count = file.readinto(view[got:])
                     if not count:
@@ -177,7 +177,9 @@ class SafetensorsWriter:
     Raises CheckpointError from `close` when a planned tensor was never delivered.
     """
 
-    def __init__(self, path: Path, planned: Iterable[Planned], metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, path: Path, planned: Iterable[Planned], metadata: Mapping[str, str] | None = None
+    ) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
         self._missing: dict[str, tuple[Planned, int]] = {}
         end = 0
@@ -208,7 +210,9 @@ class SafetensorsWriter:
         rows = 0
         for part in parts:
             if storage_dtype(part) != tensor.dtype or part.shape[1:] != tensor.shape[1:]:
-                raise TypeError(f"{name}: {part.dtype} {part.shape} where {tensor.dtype} {tensor.shape} is planned")
+                raise TypeError(
+                    f"{name}: {part.dtype} {part.shape} where {tensor.dtype} {tensor.shape} is planned"
+                )
             self._file.write(np.ascontiguousarray(part).data)
             rows += part.shape[0] if part.shape else 1
         if rows != (tensor.shape[0] if tensor.shape else 1):
@@ -224,7 +228,9 @@ class SafetensorsWriter:
     def __enter__(self) -> SafetensorsWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
         else:

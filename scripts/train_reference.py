@@ -139,13 +139,21 @@ def save(model: Model, config: dict, tokenizer_folder: Path, folder: Path) -> No
     """Write config, weights (BF16), tokenizer and generation config."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": [config["eos_token_id"], config["bos_token_id"]]}
+    generation = {
+        "bos_token_id": config["bos_token_id"],
+        "eos_token_id": [config["eos_token_id"], config["bos_token_id"]],
+    }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if tokenizer_folder != folder:
             (folder / name).write_bytes((tokenizer_folder / name).read_bytes())
-    weights = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    weights = {
+        name: value.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, value in model.state_dict().items()
+    }
+    path = folder / "model.safetensors"
+    save_file(weights, str(path), metadata={"format": "pt"})
+    path.chmod(0o644)
 
 
 def train(model: Model, stream: torch.Tensor, options: argparse.Namespace) -> None:
@@ -168,11 +176,16 @@ def train(model: Model, stream: torch.Tensor, options: argparse.Namespace) -> No
         average = loss.item() if step == 1 else 0.98 * average + 0.02 * loss.item()
         if step % 50 == 0:
             rate = seen / (time.monotonic() - began)
-            print(f"{progress:6.1%}  step {step}  loss {average:.4f}  {seen / 1e6:.1f}M tokens  {rate:.0f} tok/s", flush=True)
+            print(
+                f"{progress:6.1%}  step {step}  loss {average:.4f}  {seen / 1e6:.1f}M tokens  {rate:.0f} tok/s",
+                flush=True,
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--corpus", type=Path, required=True)
     add("--tokenizer", type=Path, required=True)

@@ -1,6 +1,6 @@
 """Train a Qwen2-style byte-level BPE: NFC, Qwen2's pre-tokenizer pattern, ChatML and thinking tokens.
 
-    python scripts/train_tokenizer.py --corpus DIR --vocab-size 4096 -o OUT
+python scripts/train_tokenizer.py --corpus DIR --vocab-size 4096 -o OUT
 """
 
 from __future__ import annotations

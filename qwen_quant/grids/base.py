@@ -46,7 +46,9 @@ def ratio(numerator: Array, denominator: Array) -> Array:
     """numerator / denominator, and 0 where the denominator is 0."""
     xp = namespace(numerator)
     zero = denominator == 0
-    return xp.where(zero, xp.zeros_like(numerator), numerator / xp.where(zero, xp.ones_like(denominator), denominator))
+    return xp.where(
+        zero, xp.zeros_like(numerator), numerator / xp.where(zero, xp.ones_like(denominator), denominator)
+    )
 
 
 @dataclass
@@ -71,7 +73,9 @@ class QuantizedTensor:
 
     def decode(self) -> Array:
         """The weights a reader sees, float32 [N, K]."""
-        return self.grid.decode(self.codes, self.grid.spread(self.scales, self.codes.shape[1], self.group_index))
+        return self.grid.decode(
+            self.codes, self.grid.spread(self.scales, self.codes.shape[1], self.group_index)
+        )
 
 
 class AffineGrid(ABC):
@@ -160,7 +164,8 @@ class AffineGrid(ABC):
                 weights = self._cut(xp.reshape(importance, (1, k)), size, n_groups, weigh_filling=False)
                 weights = xp.reshape(
                     xp.broadcast_to(
-                        xp.reshape(weights, (1, n_groups, size)), (groups.shape[0] // n_groups, n_groups, size)
+                        xp.reshape(weights, (1, n_groups, size)),
+                        (groups.shape[0] // n_groups, n_groups, size),
                     ),
                     groups.shape,
                 )
@@ -203,7 +208,9 @@ class AffineGrid(ABC):
             nonlocal best, best_error, best_codes
             error, codes = self._error(groups, importance, trial)
             better = error < best_error
-            best = Scales(xp.where(better, trial.scale, best.scale), xp.where(better, trial.offset, best.offset))
+            best = Scales(
+                xp.where(better, trial.scale, best.scale), xp.where(better, trial.offset, best.offset)
+            )
             best_codes = xp.where(better, codes, best_codes)
             best_error = xp.where(better, error, best_error)
 

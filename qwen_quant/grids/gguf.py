@@ -11,7 +11,17 @@ from abc import abstractmethod
 import numpy as np
 
 from qwen_quant.errors import UsageError
-from qwen_quant.grids.base import SHRINK, AffineGrid, Array, QuantizedTensor, Scales, fp16_scale, namespace, ratio, to_fp16
+from qwen_quant.grids.base import (
+    SHRINK,
+    AffineGrid,
+    Array,
+    QuantizedTensor,
+    Scales,
+    fp16_scale,
+    namespace,
+    ratio,
+    to_fp16,
+)
 
 BLOCK = 32
 
@@ -85,7 +95,9 @@ class Q4_0(_Symmetric):
 
     def unpack(self, data: np.ndarray) -> QuantizedTensor:
         blocks = self._blocks(data)
-        return QuantizedTensor(self, _from_nibbles(blocks[..., 2:]), self._scales(_from_half(blocks[..., :2])))
+        return QuantizedTensor(
+            self, _from_nibbles(blocks[..., 2:]), self._scales(_from_half(blocks[..., :2]))
+        )
 
 
 class Q8_0(_Symmetric):

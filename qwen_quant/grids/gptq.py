@@ -12,7 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from qwen_quant.errors import UsageError
-from qwen_quant.grids.base import SHRINK, AffineGrid, Array, QuantizedTensor, Scales, fp16_scale, namespace, ratio
+from qwen_quant.grids.base import (
+    SHRINK,
+    AffineGrid,
+    Array,
+    QuantizedTensor,
+    Scales,
+    fp16_scale,
+    namespace,
+    ratio,
+)
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 32, 64, 128)
@@ -120,7 +129,9 @@ class PackedLinear:
 def pack(tensor: QuantizedTensor, checkpoint_format: str = V1) -> PackedLinear:
     """The stored form of a NumPy QuantizedTensor on an IntGrid."""
     grid, k = tensor.grid, tensor.codes.shape[1]
-    zeros = np.ascontiguousarray(tensor.scales.offset.T).astype(np.int64) - (checkpoint_format == V1)  # [G, N]
+    zeros = np.ascontiguousarray(tensor.scales.offset.T).astype(np.int64) - (
+        checkpoint_format == V1
+    )  # [G, N]
     index = tensor.group_index
     if index is None:
         index = np.arange(k) // grid.columns_per_group(k)
@@ -142,5 +153,8 @@ def unpack(packed: PackedLinear, grid: IntGrid, checkpoint_format: str = V1) -> 
     k = codes.shape[1]
     in_order = np.array_equal(packed.g_idx, np.arange(k) // grid.columns_per_group(k))
     return QuantizedTensor(
-        grid, codes, Scales(scale, zeros.astype(np.float32)), None if in_order else packed.g_idx.astype(np.int64)
+        grid,
+        codes,
+        Scales(scale, zeros.astype(np.float32)),
+        None if in_order else packed.g_idx.astype(np.int64),
     )

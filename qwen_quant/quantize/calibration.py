@@ -42,7 +42,8 @@ class Calibration:
         # checking here names the layer while the run is young.
         if not torch.isfinite(x.sum()):
             raise CalibrationError(
-                f"{self.where}: activations are not finite; the checkpoint is broken or its config.json is of another model"
+                f"{self.where}: activations are not finite; the checkpoint is broken, "
+                "or its config.json is of another model"
             )
         self._sum.addmm_(x.T, x)
         self.n_tokens += x.shape[0]

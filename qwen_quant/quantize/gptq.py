@@ -100,7 +100,9 @@ def solve(
     group_index = None
     if desc_act:
         group_index = torch.empty_like(order)
-        group_index[order] = torch.arange(len(order), device=order.device) // grid.columns_per_group(len(order))
+        group_index[order] = torch.arange(len(order), device=order.device) // grid.columns_per_group(
+            len(order)
+        )
         scales = grid.fit(w[:, order], importance[order])
     else:
         scales = grid.fit(w, importance)
@@ -121,7 +123,9 @@ def solve(
         rows = slice(start, start + len(weight))
         start += len(weight)
         size = max(output_error(weight, hessian), 1e-30)
-        tensor = QuantizedTensor(grid, codes[rows], Scales(scales.scale[rows], scales.offset[rows]), group_index)
+        tensor = QuantizedTensor(
+            grid, codes[rows], Scales(scales.scale[rows], scales.offset[rows]), group_index
+        )
         solutions.append(
             Solution(
                 tensor,

@@ -195,7 +195,13 @@ class _LayerRun:
         self.result.tensors[full] = _to_numpy(solution.tensor)
         self.result.reports.append(
             LinearReport(
-                full, grid.name, solution.error, solution.rtn_error, solution.damping, tokens, solution.fallback
+                full,
+                grid.name,
+                solution.error,
+                solution.rtn_error,
+                solution.damping,
+                tokens,
+                solution.fallback,
             )
         )
 

@@ -20,7 +20,7 @@ def test_gptq_json_contract(options: list[str], cli: Callable, make_model: Calla
     calibration = [] if "--no-calibration" in options else CALIBRATION
     found = cli("gptq", folder, "-o", target, "--group-size", "32", "--json", *options, *calibration).json
     assert found["output"] == str(target)
-    assert found["bytes"] == sum(file.stat().st_size for file in target.glob("*.safetensors"))
+    assert found["bytes"] == sum(file.stat().st_size for file in target.iterdir())
     stored = json.loads((target / "config.json").read_text())["quantization_config"]
     assert stored["bits"] == (8 if "--bits" in options else 4)
     assert stored["sym"] is ("--asym" not in options)
@@ -44,16 +44,23 @@ def test_export_json_contract(
     assert len(cli("run", target, "-p", "one", "--raw", "-n", "3", "--json").json["tokens"]) == 3
 
 
-def test_an_existing_output_is_kept_unless_told(cli: Callable, make_model: Callable, tmp_path: Path) -> None:
-    arguments = ["gptq", make_model(), "-o", tmp_path / "out", "--group-size", "32", "--no-calibration"]
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("mine")
-    refused = cli(*arguments)
-    assert refused.code == 1
-    assert "--overwrite" in refused.err
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+def test_only_a_checkpoint_is_overwritten(cli: Callable, make_model: Callable, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    arguments = ["gptq", make_model(), "-o", target, "--group-size", "32", "--no-calibration"]
+    target.mkdir()
+    (target / "mine.txt").write_text("mine")
+    for options in ([], ["--overwrite"]):
+        refused = cli(*arguments, *options)
+        assert refused.code == 1
+        assert f"{target}: is not empty" in refused.err
+        assert [path.name for path in target.iterdir()] == ["mine.txt"]
+    (target / "mine.txt").unlink()
+    assert cli(*arguments).code == 0
+    before = (target / "config.json").stat().st_ino
+    assert cli(*arguments).code == 1
+    assert (target / "config.json").stat().st_ino == before
     assert cli(*arguments, "--overwrite").code == 0
-    assert (tmp_path / "out" / "config.json").is_file()
+    assert (target / "config.json").stat().st_ino != before
 
 
 def test_demo_json_contract(cli: Callable, make_model: Callable, tmp_path: Path) -> None:

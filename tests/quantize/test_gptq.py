@@ -10,7 +10,16 @@ from qwen_quant.grids import Q4_0, Q4_1, Q8_0, IntGrid
 from qwen_quant.grids.base import AffineGrid
 from qwen_quant.quantize.gptq import inverse_factor, output_error, solve
 
-GRIDS = [IntGrid(4, 32), IntGrid(4, 64, sym=False), IntGrid(3, -1), IntGrid(2, 32), IntGrid(8, 128), Q4_0(), Q4_1(), Q8_0()]
+GRIDS = [
+    IntGrid(4, 32),
+    IntGrid(4, 64, sym=False),
+    IntGrid(3, -1),
+    IntGrid(2, 32),
+    IntGrid(8, 128),
+    Q4_0(),
+    Q4_1(),
+    Q8_0(),
+]
 
 
 def problem(n: int = 24, k: int = 128, tokens: int = 400, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +68,9 @@ def test_inverse_factor_is_the_cholesky_factor_of_the_inverse() -> None:
     assert factor is not None and damping == 0.01
     damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
     assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(factor.double().T @ factor.double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        factor.double().T @ factor.double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: g.name)
