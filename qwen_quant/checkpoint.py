@@ -231,8 +231,8 @@ class Checkpoint:
             shape = self.source.shape(info.name)
             if shape != info.shape:
                 raise CheckpointError(
-                    f"{self.folder}: tensor {info.name!r} has shape {list(shape)}, not {list(info.shape)}; "
-                    "config.json and weights do not belong together"
+                    f"{self.folder}: tensor {info.name!r} has shape {list(shape)}, "
+                    f"config.json says {list(info.shape)}; config.json and weights do not belong together"
                 )
 
     def is_quantized(self, name: str) -> bool:
