@@ -98,7 +98,7 @@ class Session:
         """The tokenizer stored in the file."""
         from qwen_quant.tokenizer import Tokenizer
 
-        return Tokenizer.from_gguf(self.metadata)
+        return Tokenizer.from_gguf(self.metadata, self.file.path)
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
