@@ -57,7 +57,7 @@ def unit(module: str) -> str:
 
 
 def imports(module: str, at_start: bool = False) -> Iterator[tuple[str, int]]:
-    """Modules that `module` imports, with the line; `at_start` leaves out functions and `if TYPE_CHECKING`."""
+    """What `module` imports, with the line; `at_start` leaves out functions and `if TYPE_CHECKING`."""
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     later = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
     later += [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]
@@ -142,9 +142,9 @@ def test_running_a_file_needs_no_torch(module: str) -> None:
 
 
 def in_new_interpreter(code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
+    # Elsewhere than in the checkout, whose own folders would come first on the path.
+    command, folder = [sys.executable, "-c", code], tempfile.gettempdir()
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout.strip()
 
 
