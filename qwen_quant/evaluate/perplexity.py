@@ -21,7 +21,7 @@ from qwen_quant.tokenizer import Tokenizer
 from qwen_quant.tokenizer_files import USER_DEFINED
 
 MIN_CTX = 8
-ROWS = 64  # rows turned to float64 at a time, so that a large vocabulary does not double its window in memory
+ROWS = 16  # rows turned to float64 at a time, so that a large vocabulary does not double its window in memory
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> npt.NDArray[np.int32]:

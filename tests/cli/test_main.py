@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,9 +43,11 @@ def test_version(cli: Callable) -> None:
 def test_help_is_quick(process: Callable) -> None:
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert process("--help").code == 0
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # CPU time, which a busy machine does not stretch as it does the clock's.
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 0.5
 
 
