@@ -17,7 +17,7 @@ Array = Any  # a NumPy array or a torch tensor
 
 # Scales tried by the search, relative to the one that just covers the group's extreme value. Clipping the
 # extreme often pays at few bits; a little above 1 pays when the other values then fall nearer to codes.
-SHRINK = tuple(0.60 + 0.025 * step for step in range(19))
+SHRINK = tuple(0.70 + 0.05 * step for step in range(8))
 REFINEMENTS = 2
 CHUNK = 1 << 18  # weights searched at once: the temporaries stay in the second-level cache
 FP16_TINY = 2.0**-24
@@ -192,30 +192,30 @@ class AffineGrid(ABC):
             w = xp.concat([w, filling if weigh_filling else xp.zeros_like(filling)], axis=1)
         return xp.reshape(w, (n * n_groups, size))
 
-    def _error(self, groups: Array, importance: Array, scales: Scales) -> tuple[Array, Array]:
-        """Weighted squared error [M, 1] and the codes that give it."""
+    def _error(self, groups: Array, importance: Array, scales: Scales) -> Array:
+        """Weighted squared error [M, 1] after rounding."""
         xp = namespace(groups)
         codes = self.round(groups, scales.scale, scales.offset)
         gap = groups - self.value(codes, scales.scale, scales.offset)
-        return xp.sum(importance * gap * gap, axis=1, keepdims=True), codes
+        return xp.sum(importance * gap * gap, axis=1, keepdims=True)
 
     def _search(self, groups: Array, importance: Array) -> Scales:
         xp = namespace(groups)
         best = self.plain(groups)
-        best_error, best_codes = self._error(groups, importance, best)
+        best_error = self._error(groups, importance, best)
 
         def keep(trial: Scales) -> None:
-            nonlocal best, best_error, best_codes
-            error, codes = self._error(groups, importance, trial)
+            nonlocal best, best_error
+            error = self._error(groups, importance, trial)
             better = error < best_error
             best = Scales(
                 xp.where(better, trial.scale, best.scale), xp.where(better, trial.offset, best.offset)
             )
-            best_codes = xp.where(better, codes, best_codes)
             best_error = xp.where(better, error, best_error)
 
         for trial in self.candidates(groups):
             keep(trial)
         for _ in range(REFINEMENTS):
-            keep(self.refit(groups, importance, best_codes, best))
+            codes = self.round(groups, best.scale, best.offset)
+            keep(self.refit(groups, importance, codes, best))
         return best
