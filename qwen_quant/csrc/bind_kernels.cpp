@@ -11,6 +11,7 @@
 #include "buffer.h"
 #include "error.h"
 #include "kernels.h"
+#include "packed.h"
 
 namespace nb = nanobind;
 
@@ -71,18 +72,31 @@ Buffer quantize_rows(const Kernels& k, const Matrix2& x) {
     return out;
 }
 
+// n_rows rows of weights in the order that matmul_packed wants.
+Buffer pack(const Kernels& k, uint32_t type, const PlainRows& rows) {
+    Buffer packed(packed_bytes(rows.n_rows, rows.row_bytes, k.lanes));
+    for (int64_t r = 0; r < rows.n_rows; r += k.lanes) {
+        pack_group(type, rows, r, k.lanes, k.types[type].pack_flip,
+                   packed.data() + static_cast<size_t>(r) * rows.row_bytes);
+    }
+    return packed;
+}
+
 FloatArray matmul(const std::string& type, const Bytes& weights, int64_t n_rows, const Matrix2& x,
-                  const std::string& isa) {
+                  const std::string& isa, bool packed) {
     const Kernels& k = kernels(isa);
     const TypeKernels& t = supported(k, type);
     const int64_t cols = static_cast<int64_t>(x.shape(1));
     if (n_rows < 1 || cols < 1 || n_rows > (int64_t{1} << 40) / cols) throw RunError("impossible matrix shape");
     const size_t bytes = checked_bytes(type, n_rows * cols, weights.shape(0));
+    if (packed && !t.matmul_packed) throw RunError(isa + " has no packed " + type);
+    const PlainRows rows{weights.data(), n_rows, bytes / static_cast<size_t>(n_rows)};
+    const Buffer groups = packed ? pack(k, type_id(type), rows) : Buffer();
     const Buffer int8 = t.int8_activations ? quantize_rows(k, x) : Buffer();
     FloatArray y = new_floats({x.shape(0), static_cast<size_t>(n_rows)});
     MatmulArgs args;
-    args.weights = weights.data();
-    args.row_bytes = bytes / static_cast<size_t>(n_rows);
+    args.weights = packed ? groups.data() : rows.data;
+    args.row_bytes = rows.row_bytes;
     args.n_rows = n_rows;
     args.k = cols;
     args.x = t.int8_activations ? int8.data() : reinterpret_cast<const uint8_t*>(x.data());
@@ -91,7 +105,7 @@ FloatArray matmul(const std::string& type, const Bytes& weights, int64_t n_rows,
     args.y = y.data();
     args.ldy = n_rows;
     const nb::gil_scoped_release release;
-    t.matmul(args);
+    (packed ? t.matmul_packed : t.matmul)(args);
     return y;
 }
 
@@ -168,6 +182,14 @@ std::vector<std::string> matmul_types() {
     return names;
 }
 
+std::vector<std::string> packed_types(const std::string& isa) {
+    std::vector<std::string> names;
+    for (uint32_t i = 0; i < kTypeCount; ++i) {
+        if (kernels(isa).types[i].matmul_packed) names.emplace_back(type_info(i)->name);
+    }
+    return names;
+}
+
 }  // namespace
 
 void bind_kernels(nb::module_& m) {
@@ -175,7 +197,9 @@ void bind_kernels(nb::module_& m) {
     m.def("cpu_isas", &cpu_isas, "Instruction sets that this CPU can run, slowest first.");
     m.def("matmul_types", &matmul_types, "Tensor types that the engine can multiply.");
     m.def("dequantize", &dequantize, nb::arg("type"), nb::arg("data"), nb::arg("n"), isa);
-    m.def("matmul", &matmul, nb::arg("type"), nb::arg("weights"), nb::arg("n_rows"), nb::arg("x"), isa);
+    m.def("matmul", &matmul, nb::arg("type"), nb::arg("weights"), nb::arg("n_rows"), nb::arg("x"), isa,
+          nb::arg("packed") = false);
+    m.def("packed_types", &packed_types, isa, "Tensor types whose weights this instruction set wants packed.");
     m.def("quantize_activations", &quantize_activations, nb::arg("x"), isa);
     m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), isa);
     m.def("swiglu", &swiglu, nb::arg("gate"), nb::arg("up"), isa);

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "error.h"
+#include "pack_weights.h"
 
 namespace qq {
 
@@ -36,7 +37,9 @@ Engine::Engine(std::shared_ptr<GgufFile> file, int n_threads, const std::string&
       team_(thread_count(n_threads)),
       kv_(model_.config.n_layers, model_.config.n_kv_heads, model_.config.head_dim),
       n_ctx_(n_ctx > 0 ? n_ctx : model_.config.context),
-      scratch_(static_cast<size_t>(team_.size())) {}
+      scratch_(static_cast<size_t>(team_.size())) {
+    packed_ = pack_weights(model_, *file_, *kernels_, team_);
+}
 
 size_t Engine::weight_bytes() const {
     size_t total = 0;

@@ -90,6 +90,7 @@ private:
     const Kernels* kernels_;
     Model model_;
     ThreadTeam team_;
+    Buffer packed_;  // the weights that are not read from the mapping
     KvCache kv_;
     int64_t n_ctx_;
     int64_t n_past_ = 0;

@@ -6,8 +6,15 @@
 #include <limits>
 
 #include "engine.h"
+#include "packed.h"
 
 namespace qq {
+
+namespace {
+
+constexpr int64_t kRowUnit = 16;  // threads take whole groups of packed rows, however many lanes these have
+
+}  // namespace
 
 void Engine::walk(int id, const StepState& s) {
     embed(id, s);
@@ -31,8 +38,14 @@ void Engine::embed(int id, const StepState& s) {
     const Matrix& table = model_.embedding;
     const Range tokens = share(s.n_tokens, id, team_.size());
     for (int64_t t = tokens.begin; t < tokens.end; ++t) {
-        kernels_->types[table.type].dequantize(table.data + s.tokens[t] * table.row_bytes, table.cols,
-                                               hidden_.as<float>() + t * table.cols);
+        const uint8_t* row = table.data + s.tokens[t] * table.row_bytes;
+        if (table.packed) {
+            uint8_t* stored = scratch_[id].int8.data();
+            unpack_row(table.type, table.data, table.row_bytes, s.tokens[t], kernels_->lanes,
+                       kernels_->types[table.type].pack_flip, stored);
+            row = stored;
+        }
+        kernels_->types[table.type].dequantize(row, table.cols, hidden_.as<float>() + t * table.cols);
     }
 }
 
@@ -89,7 +102,8 @@ void Engine::multiply(const Matrix& weight, Range rows, const Activations& x, in
     args.n_tokens = n_tokens;
     args.y = y + rows.begin;
     args.ldy = ldy;
-    kernels_->types[weight.type].matmul(args);
+    const TypeKernels& kernels = kernels_->types[weight.type];
+    (weight.packed ? kernels.matmul_packed : kernels.matmul)(args);
 }
 
 // Whole heads go to one thread, which then finishes them: bias, QK-norm, RoPE, and the write to the cache.
@@ -193,7 +207,7 @@ void Engine::attend_group(int id, const StepState& s, int64_t layer, int64_t kv_
 // hidden += weight @ source
 void Engine::project_residual(int id, const StepState& s, const Matrix& weight, float* source) {
     const Activations x = prepared(id, source, weight.cols, s.n_tokens, wants_int8(weight));
-    const Range rows = share(weight.rows, id, team_.size(), 4);
+    const Range rows = share(weight.rows, id, team_.size(), kRowUnit);
     multiply(weight, rows, x, s.n_tokens, residual_.as<float>(), weight.rows);
     for (int64_t t = 0; t < s.n_tokens; ++t) {
         const int64_t at = t * weight.rows + rows.begin;
@@ -206,7 +220,7 @@ void Engine::feed_forward(int id, const StepState& s, int64_t index) {
     const int64_t n = model_.config.intermediate;
     const bool int8 = wants_int8(layer.gate) || wants_int8(layer.up);
     const Activations x = normalized(id, hidden_.as<float>(), s.n_tokens, layer.ffn_norm, index, int8);
-    const Range rows = share(n, id, team_.size(), 4);
+    const Range rows = share(n, id, team_.size(), kRowUnit);
     multiply(layer.gate, rows, x, s.n_tokens, gate_.as<float>(), n);
     multiply(layer.up, rows, x, s.n_tokens, up_.as<float>(), n);
     for (int64_t t = 0; t < s.n_tokens; ++t) {
@@ -221,7 +235,7 @@ void Engine::output(int id, const StepState& s) {
     const int64_t n_tokens = s.which == Logits::kAll ? s.n_tokens : 1;
     const float* x = hidden_.as<float>() + (s.n_tokens - n_tokens) * c.hidden;
     const Activations last = normalized(id, x, n_tokens, model_.output_norm, c.n_layers, wants_int8(model_.head));
-    const Range rows = share(c.n_vocab, id, team_.size(), 4);
+    const Range rows = share(c.n_vocab, id, team_.size(), kRowUnit);
     multiply(model_.head, rows, last, n_tokens, s.logits, c.n_vocab);
     for (int64_t t = 0; t < n_tokens; ++t) {
         const float* logits = s.logits + t * c.n_vocab;

@@ -60,6 +60,10 @@ public:
     double get_float(const std::string& key) const;
     std::string get_string(const std::string& key) const;
 
+    // Gives back the memory of the pages that lie wholly within [begin, begin + n) of the mapping. They can still be
+    // read, and are then loaded again.
+    void release(const uint8_t* begin, size_t n) const;
+
     // "<path>: <what>: <problem>; <remedy>"
     [[noreturn]] void fail(const std::string& what, const std::string& problem, const std::string& remedy) const;
 

@@ -12,7 +12,24 @@ namespace qq {
 // A row of k activations as int8, for weights whose blocks hold 32:
 // codes int8[k], then scale float[k / 32], then the sum of the codes int32[k / 32].
 // x ~ scale * code with scale = max|x| / 127 of the block, as llama.cpp's Q8_1.
-static inline size_t q8_row_bytes(int64_t k) { return static_cast<size_t>(k + k / kBlock * 8); }
+// Three more arrays of k / 32 follow from these: -8 * sum and -128 * sum (int32), which take the offset off unsigned
+// codes, and scale * sum (float), which a minimum is multiplied with.
+static inline size_t q8_row_bytes(int64_t k) { return static_cast<size_t>(k + k / kBlock * 20); }
+
+// Fills in the three arrays that follow from the first two.
+static inline void complete_q8_row(int64_t k, uint8_t* row) {
+    const int64_t n = k / kBlock;
+    const float* scales = reinterpret_cast<const float*>(row + k);
+    const int32_t* sums = reinterpret_cast<const int32_t*>(row + k + 4 * n);
+    int32_t* minus_8 = reinterpret_cast<int32_t*>(row + k + 8 * n);
+    int32_t* minus_128 = reinterpret_cast<int32_t*>(row + k + 12 * n);
+    float* scaled = reinterpret_cast<float*>(row + k + 16 * n);
+    for (int64_t b = 0; b < n; ++b) {
+        minus_8[b] = -8 * sums[b];
+        minus_128[b] = -128 * sums[b];
+        scaled[b] = scales[b] * static_cast<float>(sums[b]);
+    }
+}
 
 // y[t * ldy + r] = sum_k weights[r, k] * x[t, k] for r < n_rows, t < n_tokens.
 // The order of summation depends on k only, so results do not change with the number of rows or tokens.
@@ -32,10 +49,15 @@ struct TypeKernels {
     void (*matmul)(const MatmulArgs&);  // nullptr: the engine cannot multiply this type
     void (*dequantize)(const uint8_t* data, int64_t n, float* out);
     bool int8_activations;
+    // The same product with weights packed as packed.h says, `weights` and `row_bytes` counted as if they were not;
+    // nullptr: this type is multiplied as it is stored.
+    void (*matmul_packed)(const MatmulArgs&) = nullptr;
+    uint32_t pack_flip = 0;
 };
 
 struct Kernels {
     const char* isa;
+    int64_t lanes;  // rows in a group of packed weights
     TypeKernels types[kTypeCount];
 
     void (*quantize_row)(const float* x, int64_t k, uint8_t* out);

@@ -127,6 +127,7 @@ void quantize_row(const float* x, int64_t k, uint8_t* out) {
         scales[b] = bits < 0x7f800000u ? largest / 127.0f : bits_to_float(0x7fc00000u);
         sums[b] = sum;
     }
+    complete_q8_row(k, out);
 }
 
 // ---- elementwise ------------------------------------------------------------------------------------------------
@@ -202,6 +203,7 @@ void attend_values(const float* probabilities, int64_t ld_p, const float* rescal
 Kernels make_table() {
     Kernels k{};
     k.isa = "scalar";
+    k.lanes = 1;
     k.types[kF32] = {matmul_float<f32_at>, dequantize_float<f32_at>, false};
     k.types[kF16] = {matmul_float<f16_at>, dequantize_float<f16_at>, false};
     k.types[kBF16] = {matmul_float<bf16_at>, dequantize_float<bf16_at>, false};

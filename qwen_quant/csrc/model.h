@@ -18,12 +18,13 @@ struct ModelConfig {
     bool qk_norm;         // RMSNorm per head on q and k before RoPE (Qwen3)
 };
 
-// W [rows, cols], row after row
+// W [rows, cols], row after row, or packed (packed.h)
 struct Matrix {
     const uint8_t* data = nullptr;
     uint32_t type = kF32;
     int64_t rows = 0, cols = 0;
     size_t row_bytes = 0;
+    bool packed = false;
 };
 
 struct Layer {

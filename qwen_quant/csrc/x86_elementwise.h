@@ -58,6 +58,7 @@ void quantize_row(const float* x, int64_t k, uint8_t* out) {
         scales[b] = largest <= 3.4e38f ? largest / 127.0f : NAN;
         sums[b] = _mm_cvtsi128_si32(s);
     }
+    complete_q8_row(k, out);
 }
 
 float rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {

@@ -12,6 +12,7 @@ from qwen_quant.errors import QwenQuantError
 ISAS = _core.cpu_isas()
 TYPES = _core.matmul_types()
 INT8_TYPES = ["Q8_0", "Q4_0", "Q4_1"]
+PACKED = [(isa, tensor_type) for isa in ISAS for tensor_type in _core.packed_types(isa)]
 
 each_isa = pytest.mark.parametrize("isa", ISAS)
 each_type = pytest.mark.parametrize("tensor_type", TYPES)
@@ -79,9 +80,28 @@ def test_matmul(tensor_type: str, isa: str, n_rows: int, k: int, n_tokens: int) 
     np.testing.assert_allclose(y, expected, atol=2e-6 * k**0.5 * 4, rtol=1e-5)
 
 
-@each_isa
-@pytest.mark.parametrize("tensor_type", INT8_TYPES)
-def test_matmul_with_the_largest_codes(tensor_type: str, isa: str) -> None:
+@pytest.mark.parametrize(("isa", "tensor_type"), PACKED)
+@pytest.mark.parametrize(
+    ("n_rows", "k", "n_tokens"), [(1, 32, 1), (8, 96, 3), (17, 160, 7), (40, 64, 1), (48, 512, 25)]
+)
+def test_packed_rows(tensor_type: str, isa: str, n_rows: int, k: int, n_tokens: int) -> None:
+    """The same as from stored rows but for the order of the sum, and the same for any number of tokens."""
+    rng = np.random.default_rng(n_rows)
+    stored, _ = quantized(tensor_type, rng.standard_normal((n_rows, k)).astype(np.float32))
+    x = rng.standard_normal((n_tokens, k)).astype(np.float32)
+    y = _core.matmul(tensor_type, stored, n_rows, x, isa, packed=True)
+    expected = _core.matmul(tensor_type, stored, n_rows, x, "scalar")
+    np.testing.assert_allclose(y, expected, atol=2e-6 * k**0.5 * 4, rtol=1e-5)
+    for t in range(n_tokens):
+        alone = _core.matmul(tensor_type, stored, n_rows, x[t : t + 1], isa, packed=True)
+        np.testing.assert_array_equal(alone[0], y[t])
+
+
+@pytest.mark.parametrize(
+    ("isa", "tensor_type", "packed"),
+    [(isa, t, False) for isa in ISAS for t in INT8_TYPES] + [(isa, t, True) for isa, t in PACKED],
+)
+def test_matmul_with_the_largest_codes(tensor_type: str, isa: str, packed: bool) -> None:
     """Sums of products must not saturate."""
     n_blocks = 4
     scale = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
@@ -93,7 +113,7 @@ def test_matmul_with_the_largest_codes(tensor_type: str, isa: str) -> None:
         decoded = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[tensor_type]).reshape(-1)
         for sign in (1.0, -1.0):
             x = np.full((1, 32 * n_blocks), sign, np.float32)
-            y = _core.matmul(tensor_type, stored, 1, x, isa)
+            y = _core.matmul(tensor_type, stored, 1, x, isa, packed=packed)
             np.testing.assert_allclose(y[0, 0], sign * decoded.astype(np.float64).sum(), rtol=1e-5)
 
 
@@ -172,6 +192,8 @@ def test_arguments_that_do_not_fit() -> None:
         _core.dequantize("Q4_0", data, 64)
     with pytest.raises(QwenQuantError, match="not supported"):
         _core.dequantize("Q4_K", data, 256)
+    with pytest.raises(QwenQuantError, match="scalar has no packed Q4_0"):
+        _core.matmul("Q4_0", data, 1, np.zeros((1, 32), np.float32), "scalar", packed=True)
     with pytest.raises(QwenQuantError, match="unknown tensor type"):
         _core.dequantize("Q9", data, 32)
     with pytest.raises(QwenQuantError, match="cannot run on this CPU"):

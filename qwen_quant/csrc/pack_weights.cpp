@@ -1,0 +1,90 @@
+#include "pack_weights.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "packed.h"
+
+namespace qq {
+
+namespace {
+
+// Rows of q, k and v are divided among threads by whole heads, so a head has to be whole groups.
+// A matrix smaller than a group is left alone: packed, it would only grow.
+bool worth_packing(const Matrix& m, int64_t unit, const Kernels& kernels) {
+    return kernels.types[m.type].matmul_packed && can_pack(m.type) && m.rows >= kernels.lanes &&
+           unit % kernels.lanes == 0;
+}
+
+std::vector<Matrix*> matrices_to_pack(Model& model, const Kernels& kernels) {
+    std::vector<Matrix*> found;
+    const auto consider = [&](Matrix& m, int64_t unit) {
+        if (worth_packing(m, unit, kernels)) found.push_back(&m);
+    };
+    for (Layer& layer : model.layers) {
+        for (Matrix* m : {&layer.q, &layer.k, &layer.v}) consider(*m, model.config.head_dim);
+        for (Matrix* m : {&layer.o, &layer.gate, &layer.up, &layer.down}) consider(*m, kernels.lanes);
+    }
+    consider(model.head, kernels.lanes);
+    return found;
+}
+
+// Large pages where the system has them: fewer faults while packing, fewer misses in the TLB afterwards.
+void advise_large_pages(const Buffer& buffer) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t kPage = 4096;
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(buffer.data()) + kPage - 1) / kPage * kPage;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(buffer.data()) + buffer.bytes()) / kPage * kPage;
+    if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)buffer;
+#endif
+}
+
+// The rows in pieces, so that little of the file is in memory beside the packed copy.
+void pack_rows(const Matrix& m, Range rows, const GgufFile& file, const Kernels& kernels, uint8_t* out) {
+    constexpr size_t kPiece = size_t{1} << 20;
+    const PlainRows plain{m.data, m.rows, m.row_bytes};
+    const uint8_t* consumed = m.data + static_cast<size_t>(rows.begin) * m.row_bytes;
+    for (int64_t r = rows.begin; r < rows.end; r += kernels.lanes) {
+        pack_group(m.type, plain, r, kernels.lanes, kernels.types[m.type].pack_flip,
+                   out + static_cast<size_t>(r) * m.row_bytes);
+        const int64_t done = r + kernels.lanes < rows.end ? r + kernels.lanes : rows.end;
+        const uint8_t* here = m.data + static_cast<size_t>(done) * m.row_bytes;
+        if (done == rows.end || static_cast<size_t>(here - consumed) >= kPiece) {
+            file.release(consumed, static_cast<size_t>(here - consumed));
+            consumed = here;
+        }
+    }
+}
+
+}  // namespace
+
+Buffer pack_weights(Model& model, const GgufFile& file, const Kernels& kernels, ThreadTeam& team) {
+    const bool tied = model.head.data == model.embedding.data;
+    const std::vector<Matrix*> matrices = matrices_to_pack(model, kernels);
+    size_t total = 0;
+    for (const Matrix* m : matrices) total += (packed_bytes(m->rows, m->row_bytes, kernels.lanes) + 63) / 64 * 64;
+    if (total == 0) return Buffer();
+    Buffer memory(total);
+    advise_large_pages(memory);
+
+    team.run([&](int id) {
+        uint8_t* out = memory.data();
+        for (const Matrix* m : matrices) {
+            pack_rows(*m, share(m->rows, id, team.size(), kernels.lanes), file, kernels, out);
+            out += (packed_bytes(m->rows, m->row_bytes, kernels.lanes) + 63) / 64 * 64;
+        }
+    });
+    uint8_t* out = memory.data();
+    for (Matrix* m : matrices) {
+        m->data = out;
+        m->packed = true;
+        out += (packed_bytes(m->rows, m->row_bytes, kernels.lanes) + 63) / 64 * 64;
+    }
+    if (tied) model.embedding = model.head;
+    return memory;
+}
+
+}  // namespace qq
