@@ -13,18 +13,19 @@ inline int32_t load_i32(const uint8_t* p) {
     return value;
 }
 
-// What a row of int8 activations holds for one block of 32; see q8_row_bytes.
-struct BlockOfX {
-    const uint8_t* codes;
-    const uint8_t* derived;  // the block's entry in the first array after the codes
-    int64_t stride;          // bytes from one of these arrays to the next
+// Where a row of int8 activations holds what belongs to one block of 32; see q8_row_bytes.
+struct XBlock {
+    int64_t codes, scale, minus_8, minus_128, scaled_sum;
 
-    BlockOfX(const uint8_t* row, int64_t k, int64_t b)
-        : codes(row + b * kBlock), derived(row + k + b * 4), stride(k / kBlock * 4) {}
-    float scale() const { return LoadF32::load1(derived); }
-    int32_t sum_times_minus_8() const { return load_i32(derived + 2 * stride); }
-    int32_t sum_times_minus_128() const { return load_i32(derived + 3 * stride); }
-    float scaled_sum() const { return LoadF32::load1(derived + 4 * stride); }
+    explicit XBlock(int64_t k)
+        : codes(0), scale(k), minus_8(k + k / 4), minus_128(k + k / 8 * 3), scaled_sum(k + k / 2) {}
+    void next() {
+        codes += kBlock;
+        scale += 4;
+        minus_8 += 4;
+        minus_128 += 4;
+        scaled_sum += 4;
+    }
 };
 
 #ifdef __AVX512VNNI__
@@ -39,6 +40,7 @@ inline LaneFloats lanes_of(float x) { return _mm512_set1_ps(x); }
 inline LaneFloats load_lane_halves(const uint8_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline LaneInts int_lanes_of(int32_t x) { return _mm512_set1_epi32(x); }
 inline LaneFloats to_floats(LaneInts x) { return _mm512_cvtepi32_ps(x); }
 inline LaneFloats multiply(LaneFloats a, LaneFloats b) { return _mm512_mul_ps(a, b); }
 inline LaneFloats multiply_add(LaneFloats a, LaneFloats b, LaneFloats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -47,18 +49,27 @@ inline LaneInts load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline LaneInts low_nibbles(LaneInts x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 inline LaneInts high_nibbles(LaneInts x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
 
-// start + codes [8 words] * x, for codes from 0 to 255
-inline LaneInts dot_words(const LaneInts (&codes)[8], int32_t start, const uint8_t* x) {
-    LaneInts sum = _mm512_set1_epi32(start);
-    for (int i = 0; i < 8; ++i) sum = _mm512_dpbusd_epi32(sum, codes[i], _mm512_set1_epi32(load_i32(x + 4 * i)));
-    return sum;
+// sums [T] += codes [8 words] * x of T tokens, for codes from 0 to 255. Tokens take turns, because each sum has to wait
+// for itself.
+template <int T>
+inline void add_dots(const LaneInts (&codes)[8], const uint8_t* const (&x)[T], int64_t at, LaneInts (&sums)[T]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            sums[t] = _mm512_dpbusd_epi32(sums[t], codes[i], _mm512_set1_epi32(load_i32(x[t] + at + 4 * i)));
+        }
+    }
 }
-inline LaneInts dot_nibbles(const LaneInts (&codes)[8], int32_t start, const uint8_t* x) {
-    return dot_words(codes, start, x);
+template <int T>
+inline void add_nibble_dots(const LaneInts (&codes)[8], const uint8_t* const (&x)[T], int64_t at, LaneInts (&sums)[T]) {
+    add_dots(codes, x, at, sums);
 }
-inline LaneInts dot_q8_0(const LaneInts (&codes)[8], const BlockOfX& x) {
-    return dot_words(codes, x.sum_times_minus_128(), x.codes);
+template <int T>
+inline void add_q8_0_dots(const LaneInts (&codes)[8], const uint8_t* const (&x)[T], int64_t at, LaneInts (&sums)[T]) {
+    add_dots(codes, x, at, sums);
 }
+inline int32_t start_of_q8_0(const uint8_t* x, const XBlock& at) { return load_i32(x + at.minus_128); }
 
 #else
 
@@ -70,6 +81,7 @@ using LaneInts = __m256i;
 
 inline LaneFloats lanes_of(float x) { return _mm256_set1_ps(x); }
 inline LaneFloats load_lane_halves(const uint8_t* p) { return load_half8(p); }
+inline LaneInts int_lanes_of(int32_t x) { return _mm256_set1_epi32(x); }
 inline LaneFloats to_floats(LaneInts x) { return _mm256_cvtepi32_ps(x); }
 inline LaneFloats multiply(LaneFloats a, LaneFloats b) { return _mm256_mul_ps(a, b); }
 inline LaneFloats multiply_add(LaneFloats a, LaneFloats b, LaneFloats c) { return _mm256_fmadd_ps(a, b, c); }
@@ -79,24 +91,36 @@ inline LaneInts low_nibbles(LaneInts x) { return _mm256_and_si256(x, _mm256_set1
 inline LaneInts high_nibbles(LaneInts x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
 
 // start + codes [8 words] * x, for codes from 0 to 15: all eight sums of two products fit into 16 bits.
-inline LaneInts dot_nibbles(const LaneInts (&codes)[8], int32_t start, const uint8_t* x) {
-    __m256i pairs = _mm256_setzero_si256();
+template <int T>
+inline void add_nibble_dots(const LaneInts (&codes)[8], const uint8_t* const (&x)[T], int64_t at, LaneInts (&sums)[T]) {
+    __m256i pairs[T];
+    for (int t = 0; t < T; ++t) pairs[t] = _mm256_setzero_si256();
+#pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes[i], _mm256_set1_epi32(load_i32(x + 4 * i))));
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            const __m256i four = _mm256_set1_epi32(load_i32(x[t] + at + 4 * i));
+            pairs[t] = _mm256_add_epi16(pairs[t], _mm256_maddubs_epi16(codes[i], four));
+        }
     }
-    return _mm256_add_epi32(_mm256_set1_epi32(start), _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    for (int t = 0; t < T; ++t) sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(pairs[t], _mm256_set1_epi16(1)));
 }
 
 // Signed codes: |w| * (x with the sign of w); two products reach 2 * 128 * 127 < 2^15, more do not fit.
-inline LaneInts dot_q8_0(const LaneInts (&codes)[8], const BlockOfX& x) {
-    __m256i sum = _mm256_setzero_si256();
+template <int T>
+inline void add_q8_0_dots(const LaneInts (&codes)[8], const uint8_t* const (&x)[T], int64_t at, LaneInts (&sums)[T]) {
+#pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
-        const __m256i four = _mm256_set1_epi32(load_i32(x.codes + 4 * i));
-        const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes[i]), _mm256_sign_epi8(four, codes[i]));
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        const __m256i magnitude = _mm256_abs_epi8(codes[i]);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            const __m256i four = _mm256_set1_epi32(load_i32(x[t] + at + 4 * i));
+            const __m256i pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(four, codes[i]));
+            sums[t] = _mm256_add_epi32(sums[t], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        }
     }
-    return sum;
 }
+inline int32_t start_of_q8_0(const uint8_t*, const XBlock&) { return 0; }
 
 #endif
 
