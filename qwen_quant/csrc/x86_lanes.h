@@ -1,4 +1,5 @@
-// x86: vectors with one row of packed weights per lane, and the products of a block of codes with 32 activations.
+// x86: the widest vectors of floats that the instruction set has, and in their lanes the products of codes with int8
+// activations, each lane with its own row of packed weights.
 #pragma once
 
 #include "x86_blocks.h"
@@ -43,6 +44,10 @@ inline LaneFloats load_lane_halves(const uint8_t* p) {
 inline LaneFloats to_floats(LaneInts x) { return _mm512_cvtepi32_ps(x); }
 inline LaneFloats multiply(LaneFloats a, LaneFloats b) { return _mm512_mul_ps(a, b); }
 inline LaneFloats multiply_add(LaneFloats a, LaneFloats b, LaneFloats c) { return _mm512_fmadd_ps(a, b, c); }
+inline LaneFloats load_lanes(const float* p) { return _mm512_loadu_ps(p); }
+inline __m256 eight_lanes(LaneFloats x) {
+    return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+}
 inline void store_lanes(float* p, LaneFloats x) { _mm512_storeu_ps(p, x); }
 inline LaneInts load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline LaneInts four_of_x(const uint8_t* p) { return _mm512_set1_epi32(load_i32(p)); }
@@ -73,6 +78,8 @@ inline LaneFloats load_lane_halves(const uint8_t* p) { return load_half8(p); }
 inline LaneFloats to_floats(LaneInts x) { return _mm256_cvtepi32_ps(x); }
 inline LaneFloats multiply(LaneFloats a, LaneFloats b) { return _mm256_mul_ps(a, b); }
 inline LaneFloats multiply_add(LaneFloats a, LaneFloats b, LaneFloats c) { return _mm256_fmadd_ps(a, b, c); }
+inline LaneFloats load_lanes(const float* p) { return _mm256_loadu_ps(p); }
+inline __m256 eight_lanes(LaneFloats x) { return x; }
 inline void store_lanes(float* p, LaneFloats x) { _mm256_storeu_ps(p, x); }
 inline LaneInts load_codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline LaneInts four_of_x(const uint8_t* p) { return _mm256_set1_epi32(load_i32(p)); }

@@ -86,6 +86,7 @@ inline void packed_tile(const MatmulArgs& a, int64_t r0, int64_t t0) {
     const uint8_t* x[T];
     LaneFloats acc[G][T];
     for (int g = 0; g < G; ++g) w[g] = a.weights + (r0 + g * kLanes) * a.row_bytes;
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
         x[t] = a.x + (t0 + t) * a.x_row_bytes;
         for (int g = 0; g < G; ++g) acc[g][t] = lanes_of(0.0f);
