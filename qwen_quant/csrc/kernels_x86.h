@@ -5,6 +5,7 @@
 #include "kernels.h"
 #include "x86_attention.h"
 #include "x86_elementwise.h"
+#include "x86_floats.h"
 #include "x86_matmul.h"
 #include "x86_packed.h"
 
@@ -16,12 +17,12 @@ Kernels make_table() {
     Kernels k{};
     k.isa = QQ_ISA_NAME;
     k.lanes = kLanes;
-    k.types[kF32] = {matmul<Floats<LoadF32>>, dequantize_floats<LoadF32>, false};
-    k.types[kF16] = {matmul<Floats<LoadF16>>, dequantize_floats<LoadF16>, false};
-    k.types[kBF16] = {matmul<Floats<LoadBF16>>, dequantize_floats<LoadBF16>, false};
-    k.types[kQ8_0] = {matmul<Blocks<BlockQ8_0>>, dequantize_blocks<BlockQ8_0>, true, matmul_packed<PackedQ8_0>, kFlipQ8_0};
-    k.types[kQ4_0] = {matmul<Blocks<BlockQ4_0>>, dequantize_blocks<BlockQ4_0>, true, matmul_packed<PackedQ4_0>, 0};
-    k.types[kQ4_1] = {matmul<Blocks<BlockQ4_1>>, dequantize_blocks<BlockQ4_1>, true, matmul_packed<PackedQ4_1>, 0};
+    k.types[kF32] = {matmul_floats<LoadF32>, dequantize_floats<LoadF32>, false};
+    k.types[kF16] = {matmul_floats<LoadF16>, dequantize_floats<LoadF16>, false};
+    k.types[kBF16] = {matmul_floats<LoadBF16>, dequantize_floats<LoadBF16>, false};
+    k.types[kQ8_0] = {matmul_blocks<BlockQ8_0>, dequantize_blocks<BlockQ8_0>, true, matmul_packed<PackedQ8_0>, kFlipQ8_0};
+    k.types[kQ4_0] = {matmul_blocks<BlockQ4_0>, dequantize_blocks<BlockQ4_0>, true, matmul_packed<PackedQ4_0>, 0};
+    k.types[kQ4_1] = {matmul_blocks<BlockQ4_1>, dequantize_blocks<BlockQ4_1>, true, matmul_packed<PackedQ4_1>, 0};
     k.quantize_row = quantize_row;
     k.rms_norm = rms_norm;
     k.rope = rope;

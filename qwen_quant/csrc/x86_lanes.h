@@ -41,6 +41,12 @@ inline LaneFloats lanes_of(float x) { return _mm512_set1_ps(x); }
 inline LaneFloats load_lane_halves(const uint8_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline LaneFloats load_lanes_of(LoadF32, const uint8_t* p) { return _mm512_loadu_ps(p); }
+inline LaneFloats load_lanes_of(LoadF16, const uint8_t* p) { return load_lane_halves(p); }
+inline LaneFloats load_lanes_of(LoadBF16, const uint8_t* p) {
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+}
 inline LaneFloats to_floats(LaneInts x) { return _mm512_cvtepi32_ps(x); }
 inline LaneFloats multiply(LaneFloats a, LaneFloats b) { return _mm512_mul_ps(a, b); }
 inline LaneFloats multiply_add(LaneFloats a, LaneFloats b, LaneFloats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -75,6 +81,8 @@ using LaneInts = __m256i;
 
 inline LaneFloats lanes_of(float x) { return _mm256_set1_ps(x); }
 inline LaneFloats load_lane_halves(const uint8_t* p) { return load_half8(p); }
+template <class W>
+inline LaneFloats load_lanes_of(W, const uint8_t* p) { return W::load8(p); }
 inline LaneFloats to_floats(LaneInts x) { return _mm256_cvtepi32_ps(x); }
 inline LaneFloats multiply(LaneFloats a, LaneFloats b) { return _mm256_mul_ps(a, b); }
 inline LaneFloats multiply_add(LaneFloats a, LaneFloats b, LaneFloats c) { return _mm256_fmadd_ps(a, b, c); }
@@ -109,6 +117,16 @@ struct SumQ8_0 {
 inline int32_t start_of_q8_0(const uint8_t*, const XBlock&) { return 0; }
 
 #endif
+
+// Calls visit(r0, r1) for parts of the rows, multiples of `unit`, that stay in the second-level cache while all tokens
+// pass by; the activations of one tile stay in the first-level cache while these rows pass by.
+template <class Visit>
+inline void for_each_part(const MatmulArgs& a, int64_t unit, Visit visit) {
+    constexpr int64_t kPart = 256 << 10;
+    const int64_t unit_bytes = unit * static_cast<int64_t>(a.row_bytes);
+    const int64_t step = (kPart + unit_bytes - 1) / unit_bytes * unit;
+    for (int64_t r = 0; r < a.n_rows; r += step) visit(r, r + step < a.n_rows ? r + step : a.n_rows);
+}
 
 }  // namespace
 

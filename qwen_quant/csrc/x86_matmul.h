@@ -1,4 +1,4 @@
-// x86: matrix products, tile by tile, and decoding.
+// x86: matrix products with blocks of weights as they are stored, and decoding.
 #pragma once
 
 #include "x86_blocks.h"
@@ -108,66 +108,21 @@ inline void tile_blocks(const MatmulArgs& a, int64_t r0, int64_t t0) {
     }
 }
 
-template <class W, int R, int T>
-inline void tile_floats(const MatmulArgs& a, int64_t r0, int64_t t0) {
-    const size_t ahead = prefetch_distance(R * a.row_bytes);
-    const uint8_t* w = a.weights + r0 * a.row_bytes;
-    const uint8_t* x = a.x + t0 * a.x_row_bytes;
-    __m256 acc[R][T];
-    for (int r = 0; r < R; ++r) {
-        for (int t = 0; t < T; ++t) acc[r][t] = _mm256_setzero_ps();
-    }
-    int64_t i = 0;
-    for (; i + 8 <= a.k; i += 8) {
-        __m256 weight[R];
-        for (int r = 0; r < R; ++r) {
-            const uint8_t* p = w + r * a.row_bytes + i * W::kBytes;
-            if (T == 1) _mm_prefetch(reinterpret_cast<const char*>(p) + ahead, _MM_HINT_T0);
-            weight[r] = W::load8(p);
-        }
-        for (int t = 0; t < T; ++t) {
-            const __m256 value = LoadF32::load8(x + t * a.x_row_bytes + i * 4);
-            for (int r = 0; r < R; ++r) acc[r][t] = _mm256_fmadd_ps(weight[r], value, acc[r][t]);
-        }
-    }
-    for (int r = 0; r < R; ++r) {
-        for (int t = 0; t < T; ++t) {
-            float sum = sum_lanes(acc[r][t]);
-            for (int64_t j = i; j < a.k; ++j) {
-                sum += W::load1(w + r * a.row_bytes + j * W::kBytes) * LoadF32::load1(x + t * a.x_row_bytes + j * 4);
-            }
-            a.y[(t0 + t) * a.ldy + r0 + r] = sum;
-        }
-    }
-}
-
-template <class W>
-struct Blocks {
-    template <int R, int T>
-    static void tile(const MatmulArgs& a, int64_t r, int64_t t) { tile_blocks<W, R, T>(a, r, t); }
-};
-
-template <class W>
-struct Floats {
-    template <int R, int T>
-    static void tile(const MatmulArgs& a, int64_t r, int64_t t) { tile_floats<W, R, T>(a, r, t); }
-};
-
-template <class Tiles, int R>
+template <class W, int R>
 inline void matmul_row_tile(const MatmulArgs& a, int64_t r) {
     int64_t t = 0;
-    for (; t + kTokenTile <= a.n_tokens; t += kTokenTile) Tiles::template tile<R, kTokenTile>(a, r, t);
-    for (; t < a.n_tokens; ++t) Tiles::template tile<R, 1>(a, r, t);
+    for (; t + kTokenTile <= a.n_tokens; t += kTokenTile) tile_blocks<W, R, kTokenTile>(a, r, t);
+    for (; t < a.n_tokens; ++t) tile_blocks<W, R, 1>(a, r, t);
 }
 
-template <class Tiles>
-void matmul(const MatmulArgs& a) {
+template <class W>
+void matmul_blocks(const MatmulArgs& a) {
     int64_t r = 0;
     if (a.n_tokens == 1) {  // nothing to share but the activations: more rows in flight hide the latencies
-        for (; r + 4 <= a.n_rows; r += 4) Tiles::template tile<4, 1>(a, r, 0);
+        for (; r + 4 <= a.n_rows; r += 4) tile_blocks<W, 4, 1>(a, r, 0);
     }
-    for (; r + kRowTile <= a.n_rows; r += kRowTile) matmul_row_tile<Tiles, kRowTile>(a, r);
-    for (; r < a.n_rows; ++r) matmul_row_tile<Tiles, 1>(a, r);
+    for (; r + kRowTile <= a.n_rows; r += kRowTile) matmul_row_tile<W, kRowTile>(a, r);
+    for (; r < a.n_rows; ++r) matmul_row_tile<W, 1>(a, r);
 }
 
 template <class W>

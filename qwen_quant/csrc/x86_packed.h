@@ -132,16 +132,9 @@ inline void packed_rows(const MatmulArgs& a, int64_t r0, int64_t r1, int64_t t0)
     if constexpr (T > 1) packed_rows<W, T / 2>(a, r0, r1, t0);
 }
 
-// Weights are taken in parts that stay in the second-level cache while all tokens pass by; the activations of one tile
-// stay in the first-level cache while these rows pass by.
 template <class W>
 void matmul_packed(const MatmulArgs& a) {
-    constexpr int64_t kPart = 256 << 10;
-    const int64_t group = kLanes * static_cast<int64_t>(a.row_bytes);
-    const int64_t step = (kPart + group - 1) / group * kLanes;
-    for (int64_t r = 0; r < a.n_rows; r += step) {
-        packed_rows<W, kPackedTokens>(a, r, r + step < a.n_rows ? r + step : a.n_rows, 0);
-    }
+    for_each_part(a, kLanes, [&](int64_t r0, int64_t r1) { packed_rows<W, kPackedTokens>(a, r0, r1, 0); });
 }
 
 }  // namespace
