@@ -13,6 +13,11 @@ namespace qq {
 
 namespace {
 
+template <class Stored, class Packed>
+TypeKernels blocks(uint32_t flip) {
+    return {matmul_blocks<Stored>, dequantize_blocks<Stored>, true, matmul_packed<Packed>, flip};
+}
+
 Kernels make_table() {
     Kernels k{};
     k.isa = QQ_ISA_NAME;
@@ -20,9 +25,9 @@ Kernels make_table() {
     k.types[kF32] = {matmul_floats<LoadF32>, dequantize_floats<LoadF32>, false};
     k.types[kF16] = {matmul_floats<LoadF16>, dequantize_floats<LoadF16>, false};
     k.types[kBF16] = {matmul_floats<LoadBF16>, dequantize_floats<LoadBF16>, false};
-    k.types[kQ8_0] = {matmul_blocks<BlockQ8_0>, dequantize_blocks<BlockQ8_0>, true, matmul_packed<PackedQ8_0>, kFlipQ8_0};
-    k.types[kQ4_0] = {matmul_blocks<BlockQ4_0>, dequantize_blocks<BlockQ4_0>, true, matmul_packed<PackedQ4_0>, 0};
-    k.types[kQ4_1] = {matmul_blocks<BlockQ4_1>, dequantize_blocks<BlockQ4_1>, true, matmul_packed<PackedQ4_1>, 0};
+    k.types[kQ8_0] = blocks<BlockQ8_0, PackedQ8_0>(kFlipQ8_0);
+    k.types[kQ4_0] = blocks<BlockQ4_0, PackedQ4_0>(0);
+    k.types[kQ4_1] = blocks<BlockQ4_1, PackedQ4_1>(0);
     k.quantize_row = quantize_row;
     k.rms_norm = rms_norm;
     k.rope = rope;

@@ -79,6 +79,8 @@ Buffer pack_weights(Model& model, const GgufFile& file, const Kernels& kernels, 
     });
     uint8_t* out = memory.data();
     for (Matrix* m : matrices) {
+        // Once more: the system may have mapped what was released again, around a page that was read later.
+        file.release(m->data, static_cast<size_t>(m->rows) * m->row_bytes);
         m->data = out;
         m->packed = true;
         out += (packed_bytes(m->rows, m->row_bytes, kernels.lanes) + 63) / 64 * 64;

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +15,13 @@ import pytest
 
 from qwen_quant import _core
 from qwen_quant.errors import QwenQuantError
+from qwen_quant.runtime.gguf import GGUFFile
 from qwen_quant.runtime.sampling import SamplingParams
 from qwen_quant.runtime.session import Session
 
 TinyModels = Callable[..., Any]
 TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
-ARCHITECTURES = [("qwen2", True, 32), ("qwen2", False, 32), ("qwen3", True, 48), ("qwen3", False, 32)]
+ARCHITECTURES = [("qwen2", True, 32), ("qwen2", False, 32), ("qwen3", True, 48), ("qwen3", False, 24)]
 TOKENS = np.random.default_rng(3).integers(0, 96, 70).astype(np.int32)
 
 
@@ -65,6 +69,23 @@ def test_steps_threads_and_chunks_change_nothing(tiny_model: TinyModels, tensor_
     np.testing.assert_array_equal(other.prefill(TOKENS[:40]), expected[39])
     for position in range(40, len(TOKENS)):
         np.testing.assert_array_equal(other.step(int(TOKENS[position])), expected[position])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_packed_weights_leave_the_mapped_file(tiny_model: TinyModels, tmp_path: Path) -> None:
+    """What was packed is in memory once; what decoding the file needs is read again."""
+    path = Path(shutil.copy(tiny_model("qwen3", "Q8_0", tied=True).path, tmp_path))
+    session = Session.open(path, n_threads=2)
+    session.step(1)
+    resident, lines = 0, iter(Path("/proc/self/smaps").read_text().splitlines())
+    for line in lines:
+        if line.endswith(str(path)):
+            resident += next(int(rest.split()[1]) for rest in lines if rest.startswith("Rss:"))
+    if _core.packed_types():
+        assert resident * 1024 < path.stat().st_size / 2
+    again = GGUFFile(path)
+    for name in ("blk.0.attn_q.weight", "token_embd.weight"):
+        np.testing.assert_array_equal(session.file.read_tensor(name), again.read_tensor(name))
 
 
 def test_prompts_longer_than_a_chunk_and_a_cache_page(tiny_model: TinyModels) -> None:
