@@ -31,7 +31,7 @@ def rope_parameters(draw: st.DrawFn) -> dict[str, Any]:
         rope["factor"] = draw(st.sampled_from([1.0, 2.5, 4.0]))
     if kind == "yarn":
         optional = {
-            "original_max_position_embeddings": st.sampled_from([10, 64, 4096]),
+            "original_max_position_embeddings": st.sampled_from([16, 64, 4096]),
             "attention_factor": st.sampled_from([0.7, 1.0, 1.3]),
             "beta_fast": st.sampled_from([8.0, 40.0]),
             "beta_slow": st.sampled_from([0.5, 2.0]),
@@ -41,6 +41,18 @@ def rope_parameters(draw: st.DrawFn) -> dict[str, Any]:
         if draw(st.booleans()):
             rope |= {"mscale": 0.8, "mscale_all_dim": 1.4}
     return rope
+
+
+@st.composite
+def windows(draw: st.DrawFn, layers: int) -> dict[str, Any]:
+    """No window, one on the upper layers, or one on any layers; shorter or longer than the text."""
+    if not draw(st.booleans()):
+        return {"use_sliding_window": False, "sliding_window": 4, "max_window_layers": 0}
+    window = {"use_sliding_window": True, "sliding_window": draw(st.sampled_from([1, 2, 7, 18, 64]))}
+    if draw(st.booleans()):
+        return {**window, "max_window_layers": draw(st.integers(0, layers))}
+    kinds = st.sampled_from(["full_attention", "sliding_attention"])
+    return {**window, "layer_types": draw(st.lists(kinds, min_size=layers, max_size=layers))}
 
 
 @st.composite
@@ -67,7 +79,7 @@ def tiny_configs(draw: st.DrawFn) -> dict[str, Any]:
         config["head_dim"] = head_dim
         config["hidden_size"] = draw(st.sampled_from([24, 64]))
         config["attention_bias"] = draw(st.booleans())
-    return config
+    return config | draw(windows(config["num_hidden_layers"]))
 
 
 def saved(oracle: Any, folder: Path) -> Checkpoint:
@@ -116,8 +128,14 @@ def test_chunks_on_a_cache_equal_the_whole(
     assert (torch.cat(parts, dim=1) - expected).abs().max() < TOLERANCE
 
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize("window", [{}, WINDOW], ids=["full", "window"])
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
-def test_steps_equal_transformers_steps(build_oracle: Oracle, model_type: str) -> None:
+def test_steps_equal_transformers_steps(
+    build_oracle: Oracle, model_type: str, window: dict[str, Any]
+) -> None:
     """Token by token, each side on its own cache."""
     config = {
         "model_type": model_type,
@@ -128,6 +146,7 @@ def test_steps_equal_transformers_steps(build_oracle: Oracle, model_type: str) -
         "num_key_value_heads": 2,
         "vocab_size": 96,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        **window,
         **({"head_dim": 32} if model_type == "qwen3" else {}),
     }
     oracle = build_oracle(config)
@@ -207,6 +226,9 @@ def test_a_single_layer_equals_its_place_in_the_model(build_oracle: Oracle, tmp_
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "vocab_size": 37,
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "max_window_layers": 1,
     }
     checkpoint = saved(build_oracle(config), tmp_path)
     model = load_model(checkpoint)
