@@ -48,7 +48,6 @@ def billions(name: str) -> float:
 def test_the_number_of_parameters(name: str, spec: ModelSpec) -> None:
     count = sum(prod(info.shape) for info in spec.tensors())
     assert count == RELEASED[name]["parameters"]
-    assert count / 1e9 == pytest.approx(billions(name), rel=0.1)
 
 
 def test_tied_or_not(name: str, spec: ModelSpec) -> None:
@@ -59,12 +58,8 @@ def test_tied_or_not(name: str, spec: ModelSpec) -> None:
 
 def test_biases_and_norms(name: str, spec: ModelSpec) -> None:
     qwen3 = name.startswith("Qwen3")
-    assert (spec.qkv_bias, spec.qk_norm, spec.head_dim) == (not qwen3, qwen3, 64 if small(name) else 128)
-
-
-def small(name: str) -> bool:
-    """The 0.5B models have heads of 64."""
-    return billions(name) == 0.5
+    head_dim = 64 if billions(name) == 0.5 else 128
+    assert (spec.qkv_bias, spec.qk_norm, spec.head_dim) == (not qwen3, qwen3, head_dim)
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
