@@ -191,7 +191,8 @@ def _write_configs(checkpoint: Checkpoint, folder: Path, config: dict[str, Any])
     # Older readers know torch_dtype, rope_theta and rope_scaling only; transformers 5 writes dtype and
     # rope_parameters.
     model.setdefault("torch_dtype", checkpoint.spec.torch_dtype)
-    model.setdefault("rope_theta", checkpoint.spec.rope_theta)
+    if model.get("rope_theta") is None:
+        model["rope_theta"] = checkpoint.spec.rope_theta
     if checkpoint.spec.rope_scaling is not None and not model.get("rope_scaling"):
         model["rope_scaling"] = {k: v for k, v in model["rope_parameters"].items() if k != "rope_theta"}
     model["quantization_config"] = config

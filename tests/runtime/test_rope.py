@@ -42,6 +42,21 @@ def test_logits_equal_transformers(tiny_model: TinyModels, architecture: str, ro
     assert difference.max() < 3e-3
 
 
+def test_a_factor_without_a_type_is_linear(tiny_model: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As llama.cpp reads it, and the older name of the key too."""
+
+    def older(writer: gguf.GGUFWriter, factor: float) -> None:
+        writer.add_float32("qwen3.rope.scale_linear", factor)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_scaling_type", lambda *_: None)
+    untyped = tiny_model("qwen3", "F32", rope={"rope_type": "linear", "factor": 3.5})
+    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_scaling_factor", older)
+    old = tiny_model("qwen3", "F32", rope={"rope_type": "linear", "factor": 4.5})
+    for model in (untyped, old):
+        logits = Session.open(model.path).logits(TOKENS)
+        assert np.abs(logits - model.reference_logits(TOKENS)).max() < 3e-3
+
+
 class HalfCache(KVCache):
     """Keys and values rounded to FP16, as the engine keeps them."""
 
