@@ -5,7 +5,9 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -13,6 +15,35 @@ if TYPE_CHECKING:
     from qwen_quant.checkpoint import Checkpoint
     from qwen_quant.quantize.recipe import GridChoice, Recipe
     from qwen_quant.quantize.stream import QuantizedLayer
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """The options of calibration, parsed, which `gptq` and `export` share."""
+
+    dataset: str
+    num_samples: int
+    seq_len: int
+    seed: int
+    damp_percent: float
+    device: str
+    no_calibration: bool
+
+
+def recipe_of(options: CalibrationOptions, desc_act: bool = False) -> Recipe:
+    """The recipe that a command line asks for."""
+    from qwen_quant.quantize.recipe import Recipe
+
+    return Recipe(
+        calibrate=not options.no_calibration,
+        dataset=options.dataset,
+        num_samples=options.num_samples,
+        seq_len=options.seq_len,
+        seed=options.seed,
+        damp_percent=options.damp_percent,
+        desc_act=desc_act,
+        device=options.device,
+    )
 
 
 def quantized_layers(
@@ -38,8 +69,31 @@ def peak_rss_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-def layer_fields(layers: list[QuantizedLayer]) -> list[dict[str, Any]]:
-    """Each linear layer's report, for --json."""
+class Written(Protocol):
+    """What every exporter returns."""
+
+    bytes: int
+    layers: list[QuantizedLayer]
+    unquantized: dict[str, str]
+
+
+def result_fields(
+    output: Path, written: Written, record: dict[str, Any] | None, seconds: float
+) -> dict[str, Any]:
+    """What --json prints of a written artifact."""
+    return {
+        "output": str(output),
+        "bytes": written.bytes,
+        "layers": _layer_fields(written.layers),
+        "unquantized": written.unquantized,
+        "recipe": record,
+        "seconds": seconds,
+        "peak_rss_mb": peak_rss_mb(),
+    }
+
+
+def _layer_fields(layers: list[QuantizedLayer]) -> list[dict[str, Any]]:
+    """Each linear layer's report."""
     return [
         {
             "name": report.name,
