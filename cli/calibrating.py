@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -13,8 +15,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from qwen_quant.checkpoint import Checkpoint
+    from qwen_quant.quantize.layer import QuantizedLayer
     from qwen_quant.quantize.recipe import GridChoice, Recipe
-    from qwen_quant.quantize.stream import QuantizedLayer
+    from qwen_quant.quantize.resume import LayerStore
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class CalibrationOptions:
     damp_percent: float
     device: str
     no_calibration: bool
+    resume: bool
 
 
 def recipe_of(options: CalibrationOptions, desc_act: bool = False) -> Recipe:
@@ -46,8 +50,30 @@ def recipe_of(options: CalibrationOptions, desc_act: bool = False) -> Recipe:
     )
 
 
+@contextlib.contextmanager
+def layer_store(output: Path, resume: bool) -> Iterator[LayerStore]:
+    """Where the finished layers of a run lie until `output` is complete: a hidden folder beside it.
+
+    A killed run leaves it behind, and so does a failed or interrupted one that was started with `resume`. Without
+    `resume` what an earlier run left is removed first.
+    """
+    from qwen_quant.quantize.resume import LayerStore
+
+    place = Path(os.path.abspath(output))
+    store = LayerStore(place.with_name(f".{place.name}.layers"))
+    if not resume:
+        store.discard()
+    try:
+        yield store
+    except BaseException:
+        if not resume:
+            store.discard()
+        raise
+    store.discard()
+
+
 def quantized_layers(
-    checkpoint: Checkpoint, grids: GridChoice, recipe: Recipe
+    checkpoint: Checkpoint, grids: GridChoice, recipe: Recipe, store: LayerStore | None = None
 ) -> tuple[Iterator[QuantizedLayer], dict[str, Any]]:
     """The stream of quantized layers, not yet started, and the record that goes into the artifact."""
     from qwen_quant import calib_data
@@ -60,7 +86,7 @@ def quantized_layers(
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     windows = calib_data.sample(documents, tokenizer, recipe.num_samples, recipe.seq_len, recipe.seed)
     record = recipe.record(calib_data.fingerprint(documents)) | {"num_samples": len(windows)}
-    return gptq_layers(checkpoint, grids, windows, recipe), record
+    return gptq_layers(checkpoint, grids, windows, recipe, store), record
 
 
 def peak_rss_mb() -> float:

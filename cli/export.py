@@ -54,6 +54,7 @@ def command(
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     no_calibration: options.NoCalibration = False,
+    resume: options.Resume = False,
     json: options.Json = False,
 ) -> None:
     """Write a checkpoint as GGUF, by GPTQ where it is not quantized."""
@@ -74,22 +75,23 @@ def run(options: ExportOptions) -> None:
     began = time.monotonic()
     checkpoint = Checkpoint.open(options.model)
     file_type = options.type if options.type is None else check_type(options.type.upper())
-    layers, record = None, None
-    if checkpoint.quantization is None and file_type in GRIDS:
-        layers, record = calibrating.quantized_layers(
-            checkpoint, grid_choice(file_type), calibrating.recipe_of(options)
+    with calibrating.layer_store(options.output, options.resume) as store:
+        layers, record = None, None
+        if checkpoint.quantization is None and file_type in GRIDS:
+            layers, record = calibrating.quantized_layers(
+                checkpoint, grid_choice(file_type), calibrating.recipe_of(options), store
+            )
+        elif checkpoint.quantization is not None:
+            record = _stored_record(checkpoint.quantization.raw)
+        written = export_gguf(
+            checkpoint,
+            options.output,
+            file_type,
+            layers=layers,
+            record=record,
+            token_embedding_type=options.token_embedding_type,
+            output_tensor_type=options.output_tensor_type,
         )
-    elif checkpoint.quantization is not None:
-        record = _stored_record(checkpoint.quantization.raw)
-    written = export_gguf(
-        checkpoint,
-        options.output,
-        file_type,
-        layers=layers,
-        record=record,
-        token_embedding_type=options.token_embedding_type,
-        output_tensor_type=options.output_tensor_type,
-    )
     seconds = time.monotonic() - began
     if options.json:
         from qwen_quant.cli.output import print_json

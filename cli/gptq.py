@@ -51,6 +51,7 @@ def command(
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     no_calibration: options.NoCalibration = False,
+    resume: options.Resume = False,
     checkpoint_format: Annotated[
         str, typer.Option("--checkpoint-format", help="How zero points are stored: gptq or gptq_v2.")
     ] = "gptq",
@@ -85,19 +86,20 @@ def run(options: GPTQOptions) -> None:
     recipe = calibrating.recipe_of(options, options.desc_act)
     limit = parse_size(options.max_shard_size)
     checkpoint = Checkpoint.open(options.model)
-    layers, record = calibrating.quantized_layers(checkpoint, linear_grid(grid), recipe)
-    written = export_gptq(
-        checkpoint,
-        layers,
-        options.output,
-        grid,
-        recipe,
-        record,
-        checkpoint_format=options.checkpoint_format,
-        max_shard_bytes=limit,
-        tied_head=options.tied_head,
-        overwrite=options.overwrite,
-    )
+    with calibrating.layer_store(options.output, options.resume) as store:
+        layers, record = calibrating.quantized_layers(checkpoint, linear_grid(grid), recipe, store)
+        written = export_gptq(
+            checkpoint,
+            layers,
+            options.output,
+            grid,
+            recipe,
+            record,
+            checkpoint_format=options.checkpoint_format,
+            max_shard_bytes=limit,
+            tied_head=options.tied_head,
+            overwrite=options.overwrite,
+        )
     seconds = time.monotonic() - began
     if options.json:
         from qwen_quant.cli.output import print_json
