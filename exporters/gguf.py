@@ -16,7 +16,7 @@ import numpy as np
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError
-from qwen_quant.exporters.gguf_metadata import add_metadata
+from qwen_quant.exporters.gguf_metadata import add_metadata, check_expressible
 from qwen_quant.exporters.gguf_tensors import (
     Choice,
     check_type,
@@ -72,9 +72,11 @@ def export_gguf(
     file, or what a GPTQ checkpoint stores, unless `token_embedding_type` or `output_tensor_type` are given.
     `record` (the recipe) is written under `qwen_quant.*`.
 
-    Raises UsageError for unknown types, FormatError when a tensor does not fit its type, CheckpointError for
-    weights that are missing or not finite, OutputError when `output` cannot be written.
+    Raises UsageError for unknown types, FormatError when a tensor does not fit its type or the architecture has
+    something that GGUF readers do not know, CheckpointError for weights that are missing or not finite,
+    OutputError when `output` cannot be written.
     """
+    check_expressible(checkpoint)
     if file_type is None:
         file_type = "F16" if checkpoint.quantization is None else native_type(checkpoint)
     check_type(file_type)

@@ -11,7 +11,8 @@ import gguf
 
 from qwen_quant import __version__
 from qwen_quant.checkpoint import Checkpoint
-from qwen_quant.errors import CheckpointError
+from qwen_quant.errors import CheckpointError, FormatError
+from qwen_quant.rope import RopeScaling, yarn_attention_factor
 from qwen_quant.spec import ModelSpec
 from qwen_quant.tokenizer import UNUSED, Tokenizer
 
@@ -70,7 +71,7 @@ def _size(shape: tuple[int, ...]) -> int:
 
 def _add_architecture(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     writer.add_block_count(spec.num_hidden_layers)
-    writer.add_context_length(spec.max_position_embeddings)
+    writer.add_context_length(spec.context_length)
     writer.add_embedding_length(spec.hidden_size)
     writer.add_feed_forward_length(spec.intermediate_size)
     writer.add_head_count(spec.num_attention_heads)
@@ -79,8 +80,43 @@ def _add_architecture(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     writer.add_value_length(spec.head_dim)
     writer.add_rope_dimension_count(spec.head_dim)
     writer.add_rope_freq_base(spec.rope_theta)
+    if spec.rope_scaling is not None:
+        _add_rope_scaling(writer, spec.rope_scaling)
     writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
     writer.add_vocab_size(spec.vocab_size)
+
+
+def _add_rope_scaling(writer: gguf.GGUFWriter, scaling: RopeScaling) -> None:
+    writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.kind))
+    writer.add_rope_scaling_factor(scaling.factor)
+    if scaling.kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
+        # Readers multiply by the paper's own factor.
+        writer.add_rope_scaling_attn_factors(scaling.attention_factor / yarn_attention_factor(scaling.factor))
+
+
+def check_expressible(checkpoint: Checkpoint) -> None:
+    """Raise FormatError for what llama.cpp would leave out without a word when it runs a qwen2 or qwen3 file."""
+    spec = checkpoint.spec
+    if spec.sliding_window is not None and spec.sliding_window < spec.context_length:
+        raise FormatError(
+            f"{checkpoint.folder}: sliding_window {spec.sliding_window} is active in {len(spec.sliding_layers)} "
+            f"layers; GGUF's {spec.model_type} has no window: set use_sliding_window to false to attend fully, "
+            f"or max_position_embeddings to {spec.sliding_window}"
+        )
+    scaling = spec.rope_scaling
+    if scaling is None or scaling.kind != "yarn":
+        return
+    for key, value, fixed in (
+        ("beta_fast", scaling.beta_fast, 32.0),
+        ("beta_slow", scaling.beta_slow, 1.0),
+        ("truncate", scaling.truncate, True),
+    ):
+        if value != fixed:
+            raise FormatError(
+                f"{checkpoint.folder}: rope_scaling has {key} {value!r}; llama.cpp runs {spec.model_type} files "
+                f"with {fixed!r} whatever they say: use qwen-quant gptq, or set {key} to {fixed!r}"
+            )
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:

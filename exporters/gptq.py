@@ -17,8 +17,8 @@ from qwen_quant.checkpoint import INDEX, SINGLE, Checkpoint
 from qwen_quant.errors import FormatError
 from qwen_quant.files import atomic_folder
 from qwen_quant.grids.gptq import GPTQ_FORMATS, IntGrid, pack
+from qwen_quant.quantize.layer import QuantizedLayer
 from qwen_quant.quantize.recipe import Recipe
-from qwen_quant.quantize.stream import QuantizedLayer
 from qwen_quant.safetensors import Planned, SafetensorsWriter
 from qwen_quant.spec import TensorInfo
 
@@ -188,9 +188,13 @@ def _write_configs(checkpoint: Checkpoint, folder: Path, config: dict[str, Any])
             if path.is_file() and path.name not in NOT_COPIED:
                 shutil.copyfile(path, folder / path.name)
     model = dict(checkpoint.spec.config)
-    # Older readers know torch_dtype and rope_theta only, transformers 5 writes dtype and rope_parameters.
+    # Older readers know torch_dtype, rope_theta and rope_scaling only; transformers 5 writes dtype and
+    # rope_parameters.
     model.setdefault("torch_dtype", checkpoint.spec.torch_dtype)
-    model.setdefault("rope_theta", checkpoint.spec.rope_theta)
+    if model.get("rope_theta") is None:
+        model["rope_theta"] = checkpoint.spec.rope_theta
+    if checkpoint.spec.rope_scaling is not None and not model.get("rope_scaling"):
+        model["rope_scaling"] = {k: v for k, v in model["rope_parameters"].items() if k != "rope_theta"}
     model["quantization_config"] = config
     (folder / "config.json").write_text(json.dumps(model, indent=2) + "\n", encoding="utf-8")
     (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qwen_quant.config import ConfigReader
 from qwen_quant.errors import ConfigError
+from qwen_quant.rope import RopeScaling, read_rope
 
 ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
-KNOWN_ROPE_TYPES = ("default",)
+FULL, SLIDING = "full_attention", "sliding_attention"
+DEFAULT_WINDOW = 4096  # of a config.json that uses a window without giving its size
 QWEN3_HEAD_DIM = 128  # of a Qwen3 config.json without head_dim, whatever its hidden_size
-MOST = 2**31 - 1  # the largest size that any format stores
 MOST_LAYERS = 10_000  # a damaged count must not become an inventory of millions of tensors
 
 
@@ -50,6 +52,9 @@ class ModelSpec:
     qkv_bias: bool
     output_bias: bool
     qk_norm: bool
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None  # positions that `sliding_layers` attend to, the token's own included
+    sliding_layers: tuple[int, ...] = ()
     torch_dtype: str = "bfloat16"
     eos_token_id: tuple[int, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -74,8 +79,8 @@ class ModelSpec:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: str = "config.json") -> ModelSpec:
         """Build the spec from a parsed `config.json`; `where` names the file in errors."""
-        get = _Reader(config, where)
-        model_type = get.architecture()
+        get = ConfigReader(config, where)
+        model_type = _architecture(get)
         hidden_size = get.positive("hidden_size")
         heads = get.positive("num_attention_heads")
         qwen3 = model_type == "qwen3"
@@ -92,26 +97,32 @@ class ModelSpec:
         head_dim = get.positive("head_dim", QWEN3_HEAD_DIM if qwen3 else hidden_size // heads)
         if head_dim % 2:
             raise ConfigError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need an even one")
-        get.check_activation()
-        get.check_window()
+        layers = get.positive("num_hidden_layers", most=MOST_LAYERS)
+        max_position = get.positive("max_position_embeddings", 32768)
+        rope_theta, rope_scaling = read_rope(get, head_dim, max_position)
+        _check_activation(get)
+        window, sliding_layers = _read_window(get, layers)
         # Qwen2 always has Q/K/V biases and never an output bias; Qwen3's one flag covers all four.
         attention_bias = get.flag("attention_bias") if qwen3 else False
         return cls(
             model_type=model_type,
             hidden_size=hidden_size,
             intermediate_size=get.positive("intermediate_size"),
-            num_hidden_layers=get.positive("num_hidden_layers", most=MOST_LAYERS),
+            num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             vocab_size=get.positive("vocab_size"),
-            max_position_embeddings=get.positive("max_position_embeddings", 32768),
+            max_position_embeddings=max_position,
             rms_norm_eps=get.number("rms_norm_eps", 1e-6),
-            rope_theta=get.rope_theta(),
+            rope_theta=rope_theta,
             tie_word_embeddings=get.flag("tie_word_embeddings"),
             qkv_bias=attention_bias if qwen3 else True,
             output_bias=attention_bias,
             qk_norm=qwen3,
+            rope_scaling=rope_scaling,
+            sliding_window=window,
+            sliding_layers=sliding_layers,
             torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or "bfloat16"),
             eos_token_id=get.token_ids("eos_token_id"),
             config=dict(config),
@@ -126,6 +137,20 @@ class ModelSpec:
     def kv_size(self) -> int:
         """Rows of k_proj and of v_proj."""
         return self.num_key_value_heads * self.head_dim
+
+    @property
+    def context_length(self) -> int:
+        """Positions the model is made for, YaRN's extension included: releases keep the trained length beside it."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind != "yarn":
+            return self.max_position_embeddings
+        return max(
+            self.max_position_embeddings, int(scaling.factor * scaling.original_max_position_embeddings)
+        )
+
+    def window(self, layer: int) -> int | None:
+        """How many positions layer `layer` attends to, the token's own included; None for all."""
+        return self.sliding_window if layer in self.sliding_layers else None
 
     def layer_tensors(self, layer: int) -> list[TensorInfo]:
         """The tensors of decoder layer `layer`, in the order of the computation."""
@@ -169,105 +194,52 @@ class ModelSpec:
         return self.outer_tensors() + layers
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Typed access to a config with errors that name the file and the key."""
+def _architecture(get: ConfigReader) -> str:
+    names = get.names("architectures")
+    for name in names:
+        if name in ARCHITECTURES:
+            return ARCHITECTURES[name]
+    model_type = get.config.get("model_type")
+    if not names and model_type in ARCHITECTURES.values():
+        return str(model_type)
+    raise ConfigError(
+        f"{get.where}: architecture {names or model_type!r} is not supported; "
+        f"known are {', '.join(ARCHITECTURES)}"
+    )
 
-    config: Mapping[str, Any]
-    where: str
 
-    def architecture(self) -> str:
-        names = self.names("architectures")
-        for name in names:
-            if name in ARCHITECTURES:
-                return ARCHITECTURES[name]
-        model_type = self.config.get("model_type")
-        if not names and model_type in ARCHITECTURES.values():
-            return str(model_type)
+def _check_activation(get: ConfigReader) -> None:
+    act = get.config.get("hidden_act", "silu")
+    if act not in ("silu", "swish"):
+        raise ConfigError(f"{get.where}: hidden_act {act!r} is not supported; Qwen models use 'silu'")
+
+
+def _read_window(get: ConfigReader, layers: int) -> tuple[int | None, tuple[int, ...]]:
+    """The sliding window and the layers that have it. As in transformers: `layer_types` says which, or else all
+    from `max_window_layers` on."""
+    used = get.flag("use_sliding_window")
+    types = get.names("layer_types")
+    unknown = sorted(set(types) - {FULL, SLIDING})
+    if unknown:
+        raise ConfigError(f"{get.where}: layer_types has {unknown}; known are {FULL!r} and {SLIDING!r}")
+    if types and len(types) != layers:
+        raise ConfigError(f"{get.where}: layer_types has {len(types)} entries for {layers} layers")
+    stated = get.config.get("sliding_window", DEFAULT_WINDOW) is not None
+    sliding: tuple[int, ...] = ()
+    if types:
+        sliding = tuple(layer for layer, name in enumerate(types) if name == SLIDING)
+    elif used and stated:
+        sliding = tuple(range(_max_window_layers(get), layers))
+    if not sliding:
+        return None, ()
+    if not (used and stated):
         raise ConfigError(
-            f"{self.where}: architecture {names or model_type!r} is not supported; "
-            f"known are {', '.join(ARCHITECTURES)}"
+            f"{get.where}: layer_types has {SLIDING!r}, but use_sliding_window is not true or sliding_window "
+            "is null; correct one of them"
         )
+    return get.positive("sliding_window", DEFAULT_WINDOW), sliding
 
-    def names(self, key: str) -> list[str]:
-        """A list of strings, empty when the key is absent or null."""
-        value = self.config.get(key)
-        if value is None:
-            return []
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise ConfigError(f"{self.where}: {key} is {value!r}; it must be a list of names")
-        return value
 
-    def flag(self, key: str) -> bool:
-        """true or false; false when the key is absent or null."""
-        value = self.config.get(key)
-        if value is not None and not isinstance(value, bool):
-            raise ConfigError(f"{self.where}: {key} is {value!r}; it must be true or false")
-        return bool(value)
-
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        """One token id or a list of them, as a tuple."""
-        value = self.config.get(key)
-        found = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(
-            isinstance(token, int) and not isinstance(token, bool) and 0 <= token <= MOST for token in found
-        ):
-            raise ConfigError(f"{self.where}: {key} is {value!r}; it must be a token id or a list of them")
-        return tuple(found)
-
-    def positive(self, key: str, default: int | None = None, most: int = MOST) -> int:
-        value = self.config.get(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise ConfigError(
-                f"{self.where}: key {key!r} is missing; the file does not describe a Qwen model"
-            )
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
-            raise ConfigError(f"{self.where}: {key} is {value!r}; it must be a whole number from 1 to {most}")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        return self._check_number(key, self.config.get(key, default))
-
-    def _check_number(self, key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
-            raise ConfigError(f"{self.where}: {key} is {value!r}; it must be a positive number")
-        return float(value)
-
-    def rope_theta(self) -> float:
-        """The base from `rope_theta` or transformers 5's `rope_parameters`; only plain rotation passes."""
-        # transformers 5 writes rope_parameters, older releases rope_theta and rope_scaling: read both.
-        theta = self.config.get("rope_theta")
-        for key in ("rope_scaling", "rope_parameters"):
-            rope = self.config.get(key)
-            if rope is None:
-                continue
-            if not isinstance(rope, Mapping):
-                raise ConfigError(f"{self.where}: {key} is {rope!r}; it must be an object")
-            rope_type = rope.get("rope_type", rope.get("type", "default"))
-            if rope_type not in KNOWN_ROPE_TYPES:
-                raise ConfigError(
-                    f"{self.where}: {key} has rope type {rope_type!r}, which is not supported "
-                    f"(known: {', '.join(KNOWN_ROPE_TYPES)}); remove it to run without context extension"
-                )
-            if "rope_theta" in rope:
-                theta = rope["rope_theta"]
-        return 10000.0 if theta is None else self._check_number("rope_theta", theta)
-
-    def check_activation(self) -> None:
-        act = self.config.get("hidden_act", "silu")
-        if act not in ("silu", "swish"):
-            raise ConfigError(f"{self.where}: hidden_act {act!r} is not supported; Qwen models use 'silu'")
-
-    def check_window(self) -> None:
-        if self.flag("use_sliding_window"):
-            raise ConfigError(
-                f"{self.where}: use_sliding_window is true, which is not supported; "
-                "set it to false to attend fully"
-            )
-        types = set(self.names("layer_types")) - {"full_attention"}
-        if types:
-            raise ConfigError(
-                f"{self.where}: layer_types has {sorted(types)}; only 'full_attention' is supported"
-            )
+def _max_window_layers(get: ConfigReader) -> int:
+    """The first layer with a window; 0 is allowed."""
+    return 0 if get.config.get("max_window_layers") == 0 else get.positive("max_window_layers", 28)

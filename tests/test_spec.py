@@ -46,7 +46,6 @@ def refusal(**changes: Any) -> str:
         ({"architectures": [], "model_type": "gemma"}, "gemma"),
         ({"architectures": 3}, "architectures"),
         ({"architectures": [{}]}, "architecture"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling has rope type 'yarn'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling has rope type 'dynamic'"),
         (
             {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
@@ -59,8 +58,14 @@ def refusal(**changes: Any) -> str:
         ({"rope_theta": float("nan")}, "rope_theta"),
         ({"rope_theta": float("inf")}, "rope_theta"),
         ({"rope_parameters": {"rope_theta": 0}}, "rope_theta"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window"),
+        (
+            {"layer_types": ["full_attention", "local"], "use_sliding_window": True},
+            "layer_types has ['local']",
+        ),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for 2 layers"),
+        ({"use_sliding_window": True, "max_window_layers": -1}, "max_window_layers"),
+        ({"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 0}, "sliding_window"),
         ({"layer_types": 7}, "layer_types"),
         ({"layer_types": [{}]}, "layer_types"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
@@ -130,7 +135,9 @@ JSON_VALUES = st.recursive(
 
 
 @given(
-    key=st.sampled_from([*QWEN3, "eos_token_id", "rope_scaling", "rope_parameters", "layer_types"]),
+    key=st.sampled_from(
+        [*QWEN3, "eos_token_id", "rope_scaling", "rope_parameters", "layer_types", "sliding_window"]
+    ),
     value=JSON_VALUES,
 )
 def test_any_value_gives_a_spec_or_one_line(key: str, value: Any) -> None:

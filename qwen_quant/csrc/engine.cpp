@@ -37,7 +37,8 @@ Engine::Engine(std::shared_ptr<GgufFile> file, int n_threads, const std::string&
       team_(thread_count(n_threads)),
       kv_(model_.config.n_layers, model_.config.n_kv_heads, model_.config.head_dim),
       n_ctx_(n_ctx > 0 ? n_ctx : model_.config.context),
-      scratch_(static_cast<size_t>(team_.size())) {
+      scratch_(static_cast<size_t>(team_.size())),
+      rope_frequencies_(inverse_frequencies(model_.config.rope, model_.config.head_dim)) {
     packed_ = pack_weights(model_, *file_, *kernels_, team_);
 }
 
@@ -126,7 +127,7 @@ void Engine::reserve_scratch(int64_t n_tokens) {
     capacity_ = n_tokens;
 }
 
-// As transformers computes them: inverse frequencies and angles in FP32.
+// As transformers computes them: frequencies and angles in FP32.
 void Engine::extend_rope_tables(int64_t n_tokens) {
     const int64_t half = model_.config.head_dim / 2;
     const int64_t have = static_cast<int64_t>(rope_cos_.size()) / half;
@@ -134,13 +135,12 @@ void Engine::extend_rope_tables(int64_t n_tokens) {
     const int64_t wanted = (n_tokens + KvCache::kPage - 1) / KvCache::kPage * KvCache::kPage;
     rope_cos_.resize(static_cast<size_t>(wanted * half));
     rope_sin_.resize(static_cast<size_t>(wanted * half));
+    const float magnitude = model_.config.rope.magnitude;
     for (int64_t i = 0; i < half; ++i) {
-        const float exponent = static_cast<float>(2 * i) / static_cast<float>(2 * half);
-        const float inverse_frequency = 1.0f / std::pow(model_.config.rope_theta, exponent);
         for (int64_t position = have; position < wanted; ++position) {
-            const double angle = static_cast<float>(position) * inverse_frequency;
-            rope_cos_[position * half + i] = static_cast<float>(std::cos(angle));
-            rope_sin_[position * half + i] = static_cast<float>(std::sin(angle));
+            const double angle = static_cast<float>(position) * rope_frequencies_[i];
+            rope_cos_[position * half + i] = static_cast<float>(std::cos(angle)) * magnitude;
+            rope_sin_[position * half + i] = static_cast<float>(std::sin(angle)) * magnitude;
         }
     }
 }

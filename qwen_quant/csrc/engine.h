@@ -99,6 +99,7 @@ private:
     Buffer hidden_, qkv_, attended_, gate_, up_, residual_;
     Buffer shared_floats_, shared_int8_;
     std::vector<Scratch> scratch_;
+    std::vector<float> rope_frequencies_;     // radians per position [head_dim / 2]
     std::vector<float> rope_cos_, rope_sin_;  // [positions, head_dim / 2]
     std::atomic<int64_t> not_finite_{-1};     // first layer that saw something not finite, n_layers for the output
     std::mutex request_;

@@ -43,13 +43,24 @@ public:
         return has(name) ? size(name, limit) : otherwise;
     }
 
+    double number(const char* name) const { return file_.get_float(prefix_ + name); }
+
     float positive(const char* name) const {
-        const double value = file_.get_float(prefix_ + name);
+        const double value = number(name);
         if (!(value > 0) || !std::isfinite(value)) fail(name, "is not a positive number");
         return static_cast<float>(value);
     }
 
     std::string text(const char* name) const { return file_.get_string(prefix_ + name); }
+
+    // The names, without the architecture, that begin with `start`.
+    std::vector<std::string> names_under(const std::string& start) const {
+        std::vector<std::string> found;
+        for (const auto& [key, value] : file_.metadata()) {
+            if (key.rfind(prefix_ + start, 0) == 0) found.push_back(key.substr(prefix_.size()));
+        }
+        return found;
+    }
 
     [[noreturn]] void fail(const char* name, const std::string& problem) const {
         file_.fail("key '" + prefix_ + name + "'", problem, "export the file again from a supported checkpoint");
@@ -60,13 +71,55 @@ private:
     std::string prefix_;
 };
 
-void check_rope(const ConfigReader& in, int64_t head_dim) {
-    if (in.has("rope.scaling.type") && in.text("rope.scaling.type") != "none") {
-        in.fail("rope.scaling.type", "'" + in.text("rope.scaling.type") + "' is not supported");
-    }
+// Every key that a file may hold under `rope.scaling.`: one that is not understood would change the arithmetic.
+constexpr const char* kRopeScalingKeys[] = {
+    "type", "factor", "original_context_length", "finetuned", "attn_factor",
+    "yarn_beta_fast", "yarn_beta_slow", "yarn_ext_factor", "yarn_attn_factor",
+};
+
+void check_rope_keys(const ConfigReader& in, int64_t head_dim) {
     if (in.has("rope.dimension_count") && in.size("rope.dimension_count", 1 << 16) != head_dim) {
         in.fail("rope.dimension_count", "partial rotation is not supported");
     }
+    for (const std::string& name : in.names_under("rope.scaling.")) {
+        bool known = false;
+        for (const char* key : kRopeScalingKeys) known = known || name == std::string("rope.scaling.") + key;
+        if (!known) in.fail(name.c_str(), "is not known");
+    }
+    for (const char* name : {"rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"}) {
+        if (in.has(name) && in.positive(name) != 1) in.fail(name, "other values than 1 are not supported");
+    }
+}
+
+// As llama.cpp reads these keys, for which no type means linear, and a factor of 0 none.
+RopeConfig read_rope(const ConfigReader& in, int64_t head_dim, int64_t context) {
+    check_rope_keys(in, head_dim);
+    RopeConfig rope;
+    rope.theta = in.positive("rope.freq_base");
+    const std::string type = in.has("rope.scaling.type") ? in.text("rope.scaling.type") : "linear";
+    if (type == "linear") {
+        rope.scaling = RopeScalingType::kLinear;
+    } else if (type == "yarn") {
+        rope.scaling = RopeScalingType::kYarn;
+    } else if (type != "none") {
+        in.fail("rope.scaling.type", "'" + type + "' is not supported");
+    }
+    const char* factor = in.has("rope.scaling.factor") ? "rope.scaling.factor" : "rope.scale_linear";
+    if (rope.scaling != RopeScalingType::kNone && in.has(factor)) {
+        const double value = in.number(factor);
+        if (value != 0 && !(value >= 1 && value < 1e6)) in.fail(factor, "is out of range");
+        rope.factor = value == 0 ? 1 : value;
+    }
+    rope.magnitude = in.has("rope.scaling.attn_factor") ? in.positive("rope.scaling.attn_factor") : 1.0f;
+    if (rope.scaling != RopeScalingType::kYarn) return rope;
+    rope.magnitude *= static_cast<float>(1 + 0.1 * std::log(rope.factor));  // the paper's; attn_factor comes on top
+    rope.original_context =
+        static_cast<double>(in.size_or("rope.scaling.original_context_length", context, int64_t{1} << 31));
+    if (in.has("rope.scaling.yarn_beta_fast")) rope.beta_fast = in.positive("rope.scaling.yarn_beta_fast");
+    if (in.has("rope.scaling.yarn_beta_slow")) rope.beta_slow = in.positive("rope.scaling.yarn_beta_slow");
+    if (rope.beta_fast < rope.beta_slow) in.fail("rope.scaling.yarn_beta_slow", "is above yarn_beta_fast");
+    if (rope.theta <= 1) in.fail("rope.freq_base", "is not above 1, as YaRN needs");
+    return rope;
 }
 
 ModelConfig read_config(const GgufFile& file) {
@@ -91,10 +144,9 @@ ModelConfig read_config(const GgufFile& file) {
         in.fail("attention.value_length", "differs from the key length");
     }
     if (c.head_dim % 2 != 0) in.fail("attention.key_length", "is odd");
-    check_rope(in, c.head_dim);
-    c.rope_theta = in.positive("rope.freq_base");
     c.rms_eps = in.positive("attention.layer_norm_rms_epsilon");
     c.context = in.size("context_length", int64_t{1} << 31);
+    c.rope = read_rope(in, c.head_dim, c.context);
     if (in.has("attention.sliding_window")) {
         const int64_t window = file.get_int(c.architecture + ".attention.sliding_window");
         if (window > 0 && window < c.context) c.context = window;

@@ -6,6 +6,7 @@
 
 #include "gguf.h"
 #include "kernels.h"
+#include "rope.h"
 
 namespace qq {
 
@@ -13,7 +14,8 @@ struct ModelConfig {
     std::string architecture;
     int64_t n_layers, hidden, intermediate, n_heads, n_kv_heads, head_dim, n_vocab;
     int64_t context;  // tokens that the model attends over exactly: context_length, or a smaller sliding window
-    float rope_theta, rms_eps;
+    RopeConfig rope;
+    float rms_eps;
     bool attention_bias;  // q, k and v have biases (Qwen2)
     bool qk_norm;         // RMSNorm per head on q and k before RoPE (Qwen3)
 };

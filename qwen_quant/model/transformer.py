@@ -35,16 +35,33 @@ class Rotary(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
-        # The reciprocal, not theta**-exponents: last bits as in transformers, which count at large positions.
-        self.register_buffer("inv_freq", 1.0 / spec.rope_theta**exponents, persistent=False)  # [head_dim / 2]
+        self.register_buffer("inv_freq", inverse_frequencies(spec), persistent=False)  # [head_dim / 2]
+        self.scale = 1.0 if spec.rope_scaling is None else spec.rope_scaling.attention_factor
 
     def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin for positions start … start + length - 1, each [length, head_dim], FP32."""
         positions = torch.arange(start, start + length, device=self.inv_freq.device, dtype=torch.float32)
         angles = torch.outer(positions, self.inv_freq)
         angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos(), angles.sin()
+        return angles.cos() * self.scale, angles.sin() * self.scale
+
+
+def inverse_frequencies(spec: ModelSpec) -> Tensor:
+    """Radians per position [head_dim / 2], FP32, with the spec's context extension (see RopeScaling)."""
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
+    # The reciprocal, not theta**-exponents, and the rest in transformers' order: last bits count far out.
+    periods = spec.rope_theta**exponents
+    kept = 1.0 / periods
+    scaling = spec.rope_scaling
+    if scaling is None:
+        return kept
+    if scaling.kind == "linear":
+        return kept / scaling.factor
+    first, last = scaling.blended(spec.rope_theta, spec.head_dim)
+    width = last - first or 0.001  # equal ends: a step
+    ramp = (torch.arange(spec.head_dim // 2, dtype=torch.float32) - first) / width
+    share = 1 - ramp.clamp(0, 1)  # of the kept frequency
+    return (1.0 / (scaling.factor * periods)) * (1 - share) + kept * share
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -72,11 +89,14 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with optional Q/K/V bias (Qwen2) and per-head Q/K norms (Qwen3)."""
+    """Grouped-query attention with optional Q/K/V bias (Qwen2) and per-head Q/K norms (Qwen3).
 
-    def __init__(self, spec: ModelSpec) -> None:
+    With a `window` a token attends to that many positions only, its own included.
+    """
+
+    def __init__(self, spec: ModelSpec, window: int | None = None) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.window = spec, window
         self.q_proj = nn.Linear(spec.hidden_size, spec.q_size, bias=spec.qkv_bias)
         self.k_proj = nn.Linear(spec.hidden_size, spec.kv_size, bias=spec.qkv_bias)
         self.v_proj = nn.Linear(spec.hidden_size, spec.kv_size, bias=spec.qkv_bias)
@@ -103,11 +123,14 @@ class Attention(nn.Module):
             keys, values = cache.append(keys, values)
         new, total = queries.shape[2], keys.shape[2]
         mask = None
-        if 1 < new < total:  # a chunk on top of a filled cache: row i sees positions up to total - new + i
+        windowed = self.window is not None and self.window < total
+        if windowed or 1 < new < total:  # row i is position total - new + i and sees what lies up to it
             mask = torch.ones(new, total, dtype=torch.bool, device=x.device).tril(total - new)
+        if mask is not None and self.window is not None:
+            mask = mask.triu(total - new - self.window + 1)
         grouped = spec.num_attention_heads != spec.num_key_value_heads
         context = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=new == total and new > 1, enable_gqa=grouped
+            queries, keys, values, attn_mask=mask, is_causal=mask is None and new > 1, enable_gqa=grouped
         )
         return context.transpose(1, 2).flatten(2)
 
@@ -129,9 +152,9 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """One decoder layer; `forward` composes the stages that the quantizer also calls one by one."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, spec: ModelSpec, window: int | None = None) -> None:
         super().__init__()
-        self.self_attn = Attention(spec)
+        self.self_attn = Attention(spec, window)
         self.mlp = MLP(spec)
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
@@ -162,7 +185,9 @@ class Decoder(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(spec) for _ in range(spec.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            DecoderLayer(spec, spec.window(layer)) for layer in range(spec.num_hidden_layers)
+        )
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
 
 

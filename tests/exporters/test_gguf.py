@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -307,6 +308,56 @@ def test_metadata(make_model: MakeModel, tmp_path: Path) -> None:
     text = "Hello 世界 👋🏽<|im_end|>\n<think> don't"
     assert again.encode(text, special=True) == tokenizer.encode(text, special=True)
     assert set(again.eos_ids) == set(tokenizer.eos_ids)
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+
+
+def test_metadata_of_an_extended_context(make_model: MakeModel, tmp_path: Path) -> None:
+    def keys(**rope: Any) -> dict[str, Any]:
+        export_gguf(Checkpoint(make_model(rope_scaling=rope or None)), tmp_path / "m.gguf", "F16")
+        fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
+        return {k: fields[f"qwen3.{k}"].contents() for k in ["context_length"] if f"qwen3.{k}" in fields} | {
+            k.removeprefix("qwen3.rope.scaling."): f.contents()
+            for k, f in fields.items()
+            if k.startswith("qwen3.rope.scaling.")
+        }
+
+    assert keys() == {"context_length": 512}
+    assert keys(type="linear", factor=2.0) == {"context_length": 512, "type": "linear", "factor": 2.0}
+    yarn = {"context_length": 1024, "type": "yarn", "factor": 4.0, "original_context_length": 256}
+    assert keys(**YARN) == {**yarn, "attn_factor": 1.0}
+    stated = keys(**YARN, attention_factor=1.5)
+    assert stated == {**yarn, "attn_factor": pytest.approx(1.5 / (0.1 * math.log(4) + 1))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rope_scaling": {**YARN, "beta_fast": 16}},
+            r"beta_fast 16\.0; llama\.cpp runs qwen3 files with 32\.0",
+        ),
+        ({"rope_scaling": {**YARN, "beta_slow": 2}}, r"beta_slow 2\.0"),
+        ({"rope_scaling": {**YARN, "truncate": False}}, "truncate False"),
+        (
+            {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 1},
+            "sliding_window 100 .* 1 layers",
+        ),
+    ],
+)
+def test_what_gguf_readers_would_ignore(
+    make_model: MakeModel, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FormatError, match=message):
+        export_gguf(Checkpoint(make_model(**changes)), tmp_path / "m.gguf", "F16")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_window_as_wide_as_the_context_is_none(make_model: MakeModel, tmp_path: Path) -> None:
+    folder = make_model(use_sliding_window=True, sliding_window=512, max_window_layers=0)
+    export_gguf(Checkpoint(folder), tmp_path / "m.gguf", "F16")
+    assert not any("sliding" in key for key in gguf.GGUFReader(tmp_path / "m.gguf").fields)
 
 
 def test_outer_types_can_be_chosen(make_model: MakeModel, tmp_path: Path) -> None:

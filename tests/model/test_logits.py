@@ -23,6 +23,39 @@ FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthChec
 
 
 @st.composite
+def rope_parameters(draw: st.DrawFn) -> dict[str, Any]:
+    """Every rope type with every key it knows."""
+    kind = draw(st.sampled_from(["default", "linear", "yarn"]))
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": draw(st.sampled_from([1e4, 1e6, 777.0]))}
+    if kind != "default":
+        rope["factor"] = draw(st.sampled_from([1.0, 2.5, 4.0]))
+    if kind == "yarn":
+        optional = {
+            "original_max_position_embeddings": st.sampled_from([16, 64, 4096]),
+            "attention_factor": st.sampled_from([0.7, 1.0, 1.3]),
+            "beta_fast": st.sampled_from([8.0, 40.0]),
+            "beta_slow": st.sampled_from([0.5, 2.0]),
+            "truncate": st.booleans(),
+        }
+        rope |= draw(st.fixed_dictionaries({}, optional=optional))
+        if draw(st.booleans()):
+            rope |= {"mscale": 0.8, "mscale_all_dim": 1.4}
+    return rope
+
+
+@st.composite
+def windows(draw: st.DrawFn, layers: int) -> dict[str, Any]:
+    """No window, one on the upper layers, or one on any layers; shorter or longer than the text."""
+    if not draw(st.booleans()):
+        return {"use_sliding_window": False, "sliding_window": 4, "max_window_layers": 0}
+    window = {"use_sliding_window": True, "sliding_window": draw(st.sampled_from([1, 2, 7, 18, 64]))}
+    if draw(st.booleans()):
+        return {**window, "max_window_layers": draw(st.integers(0, layers))}
+    kinds = st.sampled_from(["full_attention", "sliding_attention"])
+    return {**window, "layer_types": draw(st.lists(kinds, min_size=layers, max_size=layers))}
+
+
+@st.composite
 def tiny_configs(draw: st.DrawFn) -> dict[str, Any]:
     """Keyword arguments of a Qwen2Config or Qwen3Config, with `model_type` to choose between them."""
     kv_heads = draw(st.sampled_from([1, 2, 3]))
@@ -38,7 +71,7 @@ def tiny_configs(draw: st.DrawFn) -> dict[str, Any]:
         "vocab_size": draw(st.sampled_from([37, 128])),
         "tie_word_embeddings": draw(st.booleans()),
         "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5, 1e-3])),
-        "rope_parameters": {"rope_type": "default", "rope_theta": draw(st.sampled_from([1e4, 1e6, 777.0]))},
+        "rope_parameters": draw(rope_parameters()),
         "max_position_embeddings": 256,
     }
     if config["model_type"] == "qwen3":
@@ -46,7 +79,7 @@ def tiny_configs(draw: st.DrawFn) -> dict[str, Any]:
         config["head_dim"] = head_dim
         config["hidden_size"] = draw(st.sampled_from([24, 64]))
         config["attention_bias"] = draw(st.booleans())
-    return config
+    return config | draw(windows(config["num_hidden_layers"]))
 
 
 def saved(oracle: Any, folder: Path) -> Checkpoint:
@@ -95,8 +128,14 @@ def test_chunks_on_a_cache_equal_the_whole(
     assert (torch.cat(parts, dim=1) - expected).abs().max() < TOLERANCE
 
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+
+
+@pytest.mark.parametrize("window", [{}, WINDOW], ids=["full", "window"])
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
-def test_steps_equal_transformers_steps(build_oracle: Oracle, model_type: str) -> None:
+def test_steps_equal_transformers_steps(
+    build_oracle: Oracle, model_type: str, window: dict[str, Any]
+) -> None:
     """Token by token, each side on its own cache."""
     config = {
         "model_type": model_type,
@@ -107,6 +146,7 @@ def test_steps_equal_transformers_steps(build_oracle: Oracle, model_type: str) -
         "num_key_value_heads": 2,
         "vocab_size": 96,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        **window,
         **({"head_dim": 32} if model_type == "qwen3" else {}),
     }
     oracle = build_oracle(config)
@@ -121,9 +161,21 @@ def test_steps_equal_transformers_steps(build_oracle: Oracle, model_type: str) -
             assert (model(step, caches) - reply.logits).abs().max() < TOLERANCE
 
 
-@pytest.mark.parametrize("theta", [1e4, 1e6, 777.0])
-def test_rotary_tables_equal_transformers_bit_for_bit(build_oracle: Oracle, theta: float) -> None:
-    """At positions of 30,000 a last-bit difference of a frequency is a visible angle."""
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
+ROPES = [
+    {"rope_theta": 1e4},
+    {"rope_theta": 1e6},
+    {"rope_theta": 777.0},
+    {"rope_theta": 1e6, "rope_type": "linear", "factor": 3.0},
+    {"rope_theta": 1e6, **YARN},
+    {"rope_theta": 1e4, **YARN, "factor": 2.7, "beta_fast": 8.0, "attention_factor": 1.3},
+    {"rope_theta": 1e6, **YARN, "truncate": False, "mscale": 0.707, "mscale_all_dim": 1.0},
+]
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rotary_tables_equal_transformers_bit_for_bit(build_oracle: Oracle, rope: dict[str, Any]) -> None:
+    """At positions of 40,000 a last-bit difference of a frequency is a visible angle."""
     config = {
         "model_type": "qwen3",
         "hidden_size": 24,
@@ -133,13 +185,36 @@ def test_rotary_tables_equal_transformers_bit_for_bit(build_oracle: Oracle, thet
         "num_key_value_heads": 1,
         "head_dim": 128,
         "vocab_size": 37,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rope_parameters": {"rope_type": "default", **rope},
     }
     oracle = build_oracle(config)
-    positions = torch.arange(30_000, 30_004)
+    positions = torch.arange(40_000, 40_004)
     expected = oracle.model.rotary_emb(torch.zeros(1), positions[None])
-    for found, table in zip(ours(oracle).rotary(30_000, 4), expected, strict=True):
+    for found, table in zip(ours(oracle).rotary(40_000, 4), expected, strict=True):
         assert torch.equal(found, table[0])
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_logits_at_position_40_000_equal_transformers(build_oracle: Oracle, model_type: str) -> None:
+    config = {
+        "model_type": model_type,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "vocab_size": 37,
+        "rope_parameters": {"rope_theta": 1e6, **YARN},
+        "max_position_embeddings": 8192,
+        **({"head_dim": 16} if model_type == "qwen3" else {}),
+    }
+    oracle = build_oracle(config, "sdpa")
+    tokens = random_tokens(37, batch=1, length=40_001, seed=1)
+    model = ours(oracle)
+    with torch.no_grad():
+        expected = oracle(tokens, use_cache=False, logits_to_keep=4).logits
+        found = model.head(model.hidden_states(tokens)[:, -4:])
+    assert (found - expected).abs().max() < 1e-3
 
 
 def test_a_single_layer_equals_its_place_in_the_model(build_oracle: Oracle, tmp_path: Path) -> None:
@@ -151,6 +226,9 @@ def test_a_single_layer_equals_its_place_in_the_model(build_oracle: Oracle, tmp_
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "vocab_size": 37,
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "max_window_layers": 1,
     }
     checkpoint = saved(build_oracle(config), tmp_path)
     model = load_model(checkpoint)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -57,7 +59,9 @@ class TinyModel:
             return self.reference(torch.from_numpy(tokens)[None].long()).logits[0].numpy()
 
 
-def build_reference(architecture: str, tied: bool, head_dim: int, seed: int) -> PreTrainedModel:
+def build_reference(
+    architecture: str, tied: bool, head_dim: int, seed: int, rope: dict[str, Any]
+) -> PreTrainedModel:
     common = {
         "vocab_size": N_VOCAB,
         "hidden_size": 128,
@@ -65,7 +69,7 @@ def build_reference(architecture: str, tied: bool, head_dim: int, seed: int) -> 
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "rope_theta": 10000.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **rope},
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": tied,
@@ -105,12 +109,36 @@ def write_header(writer: gguf.GGUFWriter, model: PreTrainedModel) -> None:
     writer.add_eos_token_id(N_VOCAB - 1)
 
 
+def write_rope_scaling(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
+    """The keys for transformers' rope parameters; attn_factor comes on top of YaRN's own factor."""
+    if "rope_type" not in rope:
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+    writer.add_rope_scaling_factor(rope["factor"])
+    if "original_max_position_embeddings" in rope:
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if "attention_factor" in rope:
+        own = 0.1 * math.log(rope["factor"]) + 1
+        writer.add_rope_scaling_attn_factors(rope["attention_factor"] / own)
+    if "beta_fast" in rope:
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+    if "beta_slow" in rope:
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+
+
 def write_model(
-    path: Path, architecture: str, tensor_type: str, *, tied: bool, head_dim: int = 32
+    path: Path,
+    architecture: str,
+    tensor_type: str,
+    *,
+    tied: bool,
+    head_dim: int,
+    rope: dict[str, Any],
 ) -> TinyModel:
-    model = build_reference(architecture, tied, head_dim, seed=5)
+    model = build_reference(architecture, tied, head_dim, seed=5, rope=rope)
     writer = gguf.GGUFWriter(path, architecture)
     write_header(writer, model)
+    write_rope_scaling(writer, rope)
     quantization = gguf.GGMLQuantizationType[tensor_type]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -132,15 +160,27 @@ def write_model(
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
-    """tiny_model(architecture, type, tied=..., head_dim=...), each made once."""
+    """tiny_model(architecture, type, tied=..., head_dim=..., rope=...), each made once.
+
+    `rope` holds transformers' rope parameters beyond the base.
+    """
     folder = tmp_path_factory.mktemp("tiny")
     made: dict[tuple[object, ...], TinyModel] = {}
 
-    def get(architecture: str, tensor_type: str, *, tied: bool = True, head_dim: int = 32) -> TinyModel:
-        key = (architecture, tensor_type, tied, head_dim)
+    def get(
+        architecture: str,
+        tensor_type: str,
+        *,
+        tied: bool = True,
+        head_dim: int = 32,
+        rope: dict[str, Any] | None = None,
+    ) -> TinyModel:
+        key = (architecture, tensor_type, tied, head_dim, *(rope or {}).items())
         if key not in made:
-            path = folder / ("-".join(map(str, key)) + ".gguf")
-            made[key] = write_model(path, architecture, tensor_type, tied=tied, head_dim=head_dim)
+            path = folder / f"{len(made)}-{architecture}-{tensor_type}.gguf"
+            made[key] = write_model(
+                path, architecture, tensor_type, tied=tied, head_dim=head_dim, rope=rope or {}
+            )
         return made[key]
 
     return get

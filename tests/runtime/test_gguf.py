@@ -223,21 +223,6 @@ def test_models_that_do_not_fit(
         Session.open(path)
 
 
-def test_unknown_rope_scaling(tmp_path: Path) -> None:
-    path = tmp_path / "rope.gguf"
-    writer = gguf.GGUFWriter(path, "qwen2")
-    writer.add_block_count(1)
-    writer.add_embedding_length(64)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(2)
-    writer.add_string("qwen2.rope.scaling.type", "longrope")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    with pytest.raises(FormatError, match=r"key 'qwen2\.rope\.scaling\.type': 'longrope' is not supported"):
-        Session.open(path)
-
-
 def test_weights_that_are_not_finite(tiny_model: TinyModels, tmp_path: Path) -> None:
     source = tiny_model("qwen3", "F32").path
     info = GGUFFile(source).tensors["blk.1.attn_output.weight"]
