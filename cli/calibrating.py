@@ -2,21 +2,78 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from qwen_quant.checkpoint import Checkpoint
+    from qwen_quant.quantize.layer import QuantizedLayer
     from qwen_quant.quantize.recipe import GridChoice, Recipe
-    from qwen_quant.quantize.stream import QuantizedLayer
+    from qwen_quant.quantize.resume import LayerStore
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """The options of calibration, parsed, which `gptq` and `export` share."""
+
+    dataset: str
+    num_samples: int
+    seq_len: int
+    seed: int
+    damp_percent: float
+    device: str
+    no_calibration: bool
+    resume: bool
+
+
+def recipe_of(options: CalibrationOptions, desc_act: bool = False) -> Recipe:
+    """The recipe that a command line asks for."""
+    from qwen_quant.quantize.recipe import Recipe
+
+    return Recipe(
+        calibrate=not options.no_calibration,
+        dataset=options.dataset,
+        num_samples=options.num_samples,
+        seq_len=options.seq_len,
+        seed=options.seed,
+        damp_percent=options.damp_percent,
+        desc_act=desc_act,
+        device=options.device,
+    )
+
+
+@contextlib.contextmanager
+def layer_store(output: Path, resume: bool) -> Iterator[LayerStore]:
+    """Where the finished layers of a run lie until `output` is complete: a hidden folder beside it.
+
+    A killed run leaves it behind, and so does a failed or interrupted one that was started with `resume`. Without
+    `resume` what an earlier run left is removed first.
+    """
+    from qwen_quant.quantize.resume import LayerStore
+
+    place = Path(os.path.abspath(output))
+    store = LayerStore(place.with_name(f".{place.name}.layers"))
+    if not resume:
+        store.discard()
+    try:
+        yield store
+    except BaseException:
+        if not resume:
+            store.discard()
+        raise
+    store.discard()
 
 
 def quantized_layers(
-    checkpoint: Checkpoint, grids: GridChoice, recipe: Recipe
+    checkpoint: Checkpoint, grids: GridChoice, recipe: Recipe, store: LayerStore | None = None
 ) -> tuple[Iterator[QuantizedLayer], dict[str, Any]]:
     """The stream of quantized layers, not yet started, and the record that goes into the artifact."""
     from qwen_quant import calib_data
@@ -29,7 +86,7 @@ def quantized_layers(
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     windows = calib_data.sample(documents, tokenizer, recipe.num_samples, recipe.seq_len, recipe.seed)
     record = recipe.record(calib_data.fingerprint(documents)) | {"num_samples": len(windows)}
-    return gptq_layers(checkpoint, grids, windows, recipe), record
+    return gptq_layers(checkpoint, grids, windows, recipe, store), record
 
 
 def peak_rss_mb() -> float:
@@ -38,8 +95,31 @@ def peak_rss_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
-def layer_fields(layers: list[QuantizedLayer]) -> list[dict[str, Any]]:
-    """Each linear layer's report, for --json."""
+class Written(Protocol):
+    """What every exporter returns."""
+
+    bytes: int
+    layers: list[QuantizedLayer]
+    unquantized: dict[str, str]
+
+
+def result_fields(
+    output: Path, written: Written, record: dict[str, Any] | None, seconds: float
+) -> dict[str, Any]:
+    """What --json prints of a written artifact."""
+    return {
+        "output": str(output),
+        "bytes": written.bytes,
+        "layers": _layer_fields(written.layers),
+        "unquantized": written.unquantized,
+        "recipe": record,
+        "seconds": seconds,
+        "peak_rss_mb": peak_rss_mb(),
+    }
+
+
+def _layer_fields(layers: list[QuantizedLayer]) -> list[dict[str, Any]]:
+    """Each linear layer's report."""
     return [
         {
             "name": report.name,

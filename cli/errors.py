@@ -19,6 +19,7 @@ from qwen_quant.errors import QwenQuantError
 
 PROGRAM = "qwen-quant"
 DEBUG_VARIABLE = "QWEN_QUANT_DEBUG"
+OPTIONAL_MODULES = ("torch", "gguf")  # of the extra [quantize]
 INTERRUPTED = 130  # how typer's main reports Ctrl-C to a caller that handles errors itself
 
 
@@ -88,6 +89,11 @@ def describe(error: BaseException) -> tuple[str, int]:
         return "interrupted", 1
     if is_usage_error(error):
         return describe_usage(error), 2
+    if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL_MODULES:
+        return (
+            f"this command needs {error.name}, which is not installed; pip install 'qwen-quant[quantize]'",
+            1,
+        )
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "out of memory; close other programs, or choose a smaller model or fewer samples", 1
     if isinstance(error, OSError):

@@ -6,18 +6,16 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from qwen_quant.cli import options
-
-if TYPE_CHECKING:
-    from qwen_quant.quantize.recipe import Recipe
+from qwen_quant.cli import calibrating, options
+from qwen_quant.cli.calibrating import CalibrationOptions
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(CalibrationOptions):
     """The command line of `export`, parsed; None lets the checkpoint decide."""
 
     model: str
@@ -26,13 +24,6 @@ class ExportOptions:
     type: str | None
     token_embedding_type: str | None
     output_tensor_type: str | None
-    damp_percent: float
-    dataset: str
-    num_samples: int
-    seq_len: int
-    seed: int
-    device: str
-    no_calibration: bool
     json: bool
 
 
@@ -63,6 +54,7 @@ def command(
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     no_calibration: options.NoCalibration = False,
+    resume: options.Resume = False,
     json: options.Json = False,
 ) -> None:
     """Write a checkpoint as GGUF, by GPTQ where it is not quantized."""
@@ -74,7 +66,6 @@ def run(options: ExportOptions) -> None:
     import time
 
     from qwen_quant.checkpoint import Checkpoint
-    from qwen_quant.cli import calibrating
     from qwen_quant.errors import UsageError
     from qwen_quant.exporters.gguf import check_type, export_gguf, grid_choice
     from qwen_quant.grids.gguf import GRIDS
@@ -84,36 +75,29 @@ def run(options: ExportOptions) -> None:
     began = time.monotonic()
     checkpoint = Checkpoint.open(options.model)
     file_type = options.type if options.type is None else check_type(options.type.upper())
-    layers, record = None, None
-    if checkpoint.quantization is None and file_type in GRIDS:
-        layers, record = calibrating.quantized_layers(checkpoint, grid_choice(file_type), _recipe(options))
-    elif checkpoint.quantization is not None:
-        record = _stored_record(checkpoint.quantization.raw)
-    written = export_gguf(
-        checkpoint,
-        options.output,
-        file_type,
-        layers=layers,
-        record=record,
-        token_embedding_type=options.token_embedding_type,
-        output_tensor_type=options.output_tensor_type,
-    )
+    with calibrating.layer_store(options.output, options.resume) as store:
+        layers, record = None, None
+        if checkpoint.quantization is None and file_type in GRIDS:
+            layers, record = calibrating.quantized_layers(
+                checkpoint, grid_choice(file_type), calibrating.recipe_of(options), store
+            )
+        elif checkpoint.quantization is not None:
+            record = _stored_record(checkpoint.quantization.raw)
+        written = export_gguf(
+            checkpoint,
+            options.output,
+            file_type,
+            layers=layers,
+            record=record,
+            token_embedding_type=options.token_embedding_type,
+            output_tensor_type=options.output_tensor_type,
+        )
     seconds = time.monotonic() - began
     if options.json:
         from qwen_quant.cli.output import print_json
 
-        print_json(
-            {
-                "output": str(options.output),
-                "bytes": written.bytes,
-                "types": written.types,
-                "layers": calibrating.layer_fields(written.layers),
-                "unquantized": written.unquantized,
-                "recipe": record,
-                "seconds": seconds,
-                "peak_rss_mb": calibrating.peak_rss_mb(),
-            }
-        )
+        fields = calibrating.result_fields(options.output, written, record, seconds)
+        print_json({**fields, "types": written.types})
         return
     from rich.console import Console
 
@@ -130,17 +114,3 @@ def _stored_record(quantization_config: Mapping[str, Any]) -> dict[str, Any]:
     meta = quantization_config.get("meta")
     record = meta.get("recipe") if isinstance(meta, dict) else None
     return record if isinstance(record, dict) else {}
-
-
-def _recipe(options: ExportOptions) -> Recipe:
-    from qwen_quant.quantize.recipe import Recipe
-
-    return Recipe(
-        calibrate=not options.no_calibration,
-        dataset=options.dataset,
-        num_samples=options.num_samples,
-        seq_len=options.seq_len,
-        seed=options.seed,
-        damp_percent=options.damp_percent,
-        device=options.device,
-    )

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from qwen_quant.cli import options
+from qwen_quant.cli import calibrating, options
+from qwen_quant.cli.calibrating import CalibrationOptions
 
 
 @dataclass(frozen=True)
-class GPTQOptions:
+class GPTQOptions(CalibrationOptions):
     """The command line of `gptq`, parsed."""
 
     model: str
@@ -21,13 +22,6 @@ class GPTQOptions:
     group_size: int
     sym: bool
     desc_act: bool
-    damp_percent: float
-    dataset: str
-    num_samples: int
-    seq_len: int
-    seed: int
-    device: str
-    no_calibration: bool
     checkpoint_format: str
     max_shard_size: str
     tied_head: bool
@@ -57,6 +51,7 @@ def command(
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     no_calibration: options.NoCalibration = False,
+    resume: options.Resume = False,
     checkpoint_format: Annotated[
         str, typer.Option("--checkpoint-format", help="How zero points are stored: gptq or gptq_v2.")
     ] = "gptq",
@@ -82,54 +77,35 @@ def run(options: GPTQOptions) -> None:
     import time
 
     from qwen_quant.checkpoint import Checkpoint
-    from qwen_quant.cli import calibrating
     from qwen_quant.exporters.gptq import export_gptq
     from qwen_quant.grids.gptq import IntGrid
-    from qwen_quant.quantize.recipe import Recipe, linear_grid
+    from qwen_quant.quantize.recipe import linear_grid
 
     began = time.monotonic()
     grid = IntGrid(options.bits, options.group_size, options.sym)
-    recipe = Recipe(
-        calibrate=not options.no_calibration,
-        dataset=options.dataset,
-        num_samples=options.num_samples,
-        seq_len=options.seq_len,
-        seed=options.seed,
-        damp_percent=options.damp_percent,
-        desc_act=options.desc_act,
-        device=options.device,
-    )
+    recipe = calibrating.recipe_of(options, options.desc_act)
     limit = parse_size(options.max_shard_size)
     checkpoint = Checkpoint.open(options.model)
-    layers, record = calibrating.quantized_layers(checkpoint, linear_grid(grid), recipe)
-    written = export_gptq(
-        checkpoint,
-        layers,
-        options.output,
-        grid,
-        recipe,
-        record,
-        checkpoint_format=options.checkpoint_format,
-        max_shard_bytes=limit,
-        tied_head=options.tied_head,
-        overwrite=options.overwrite,
-    )
+    with calibrating.layer_store(options.output, options.resume) as store:
+        layers, record = calibrating.quantized_layers(checkpoint, linear_grid(grid), recipe, store)
+        written = export_gptq(
+            checkpoint,
+            layers,
+            options.output,
+            grid,
+            recipe,
+            record,
+            checkpoint_format=options.checkpoint_format,
+            max_shard_bytes=limit,
+            tied_head=options.tied_head,
+            overwrite=options.overwrite,
+        )
     seconds = time.monotonic() - began
     if options.json:
         from qwen_quant.cli.output import print_json
 
-        print_json(
-            {
-                "output": str(options.output),
-                "bytes": written.bytes,
-                "grid": grid.name,
-                "layers": calibrating.layer_fields(written.layers),
-                "unquantized": written.unquantized,
-                "recipe": record,
-                "seconds": seconds,
-                "peak_rss_mb": calibrating.peak_rss_mb(),
-            }
-        )
+        fields = calibrating.result_fields(options.output, written, record, seconds)
+        print_json({**fields, "grid": grid.name})
         return
     from rich.console import Console
 

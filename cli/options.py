@@ -44,4 +44,10 @@ NumSamples = Annotated[int, typer.Option("--num-samples", help="Calibration wind
 SeqLen = Annotated[int, typer.Option("--seq-len", help="Tokens in a calibration window.")]
 Seed = Annotated[int, typer.Option("--seed", help="Chooses the calibration windows.")]
 Device = Annotated[str, typer.Option("--device", help="Where to calibrate and solve: cpu, cuda, cuda:1 …")]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Go on from the layers a killed run finished; keep them if this one stops too."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")]

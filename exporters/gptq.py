@@ -17,8 +17,8 @@ from qwen_quant.checkpoint import INDEX, SINGLE, Checkpoint
 from qwen_quant.errors import FormatError
 from qwen_quant.files import atomic_folder
 from qwen_quant.grids.gptq import GPTQ_FORMATS, IntGrid, pack
+from qwen_quant.quantize.layer import QuantizedLayer
 from qwen_quant.quantize.recipe import Recipe
-from qwen_quant.quantize.stream import QuantizedLayer
 from qwen_quant.safetensors import Planned, SafetensorsWriter
 from qwen_quant.spec import TensorInfo
 

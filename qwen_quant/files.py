@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -35,6 +36,25 @@ def _beside(target: Path) -> Path:
     return place.with_name(f".{place.name}.{os.getpid()}.partial")
 
 
+def _clear_stale(partial: Path) -> None:
+    """Remove what killed processes left of earlier attempts at the same output."""
+    name, pid = partial.name.removesuffix(".partial").rsplit(".", 1)
+    for path in partial.parent.glob(f"{glob.escape(name)}.*.partial"):
+        other = path.name.removesuffix(".partial").rsplit(".", 1)[1]
+        if other.isdigit() and other != pid and not _alive(int(other)):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a path beside `target`; on success it is synced and renamed to `target`, otherwise removed."""
@@ -44,6 +64,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
             raise OutputError(f"{target}: is a folder; name a file with -o")
         partial = _beside(target)
         target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_stale(partial)
         try:
             yield partial
             _fsync(partial)
@@ -71,6 +92,7 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
                 raise OutputError(f"{target}: is not empty and no checkpoint; remove it or choose another -o")
         partial = _beside(target)
         target.parent.mkdir(parents=True, exist_ok=True)
+        _clear_stale(partial)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +73,13 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return write_random_checkpoint(tmp_path / name, {**TINY, **changes}, seed, shards)
 
     return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts_reach_children() -> None:
+    """A shell starts its background jobs with SIGINT ignored, and processes inherit that; undo it for ours."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

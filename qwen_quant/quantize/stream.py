@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from qwen_quant.model import DecoderLayer, Rotary, load_layer
 from qwen_quant.progress import progress
 from qwen_quant.quantize.calibration import Calibration, fast_matmul
 from qwen_quant.quantize.gptq import Solution, solve
+from qwen_quant.quantize.layer import LinearReport, QuantizedLayer
 from qwen_quant.quantize.recipe import GridChoice, Recipe
+from qwen_quant.quantize.resume import LayerStore, fingerprint
 from qwen_quant.spec import TensorInfo
 
 TOKENS_AT_ONCE = 4096  # calibration tokens per forward pass: bounds activations beside the hidden states
@@ -31,29 +33,6 @@ STAGES = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-
-
-@dataclass(frozen=True)
-class LinearReport:
-    """How one linear layer came out; errors are relative output errors, `fallback` names a failed solve."""
-
-    name: str
-    grid: str
-    error: float
-    rtn_error: float
-    damping: float
-    tokens: int
-    fallback: str = ""
-
-
-@dataclass
-class QuantizedLayer:
-    """The quantized weights of one decoder layer by tensor name (NumPy), and their reports."""
-
-    layer: int
-    tensors: dict[str, QuantizedTensor] = field(default_factory=dict)
-    reports: list[LinearReport] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 def pick_device(device: str) -> torch.device:
@@ -83,9 +62,17 @@ def plain_layers(checkpoint: Checkpoint, grids: GridChoice) -> Iterator[Quantize
 
 
 def gptq_layers(
-    checkpoint: Checkpoint, grids: GridChoice, windows: np.ndarray, recipe: Recipe
+    checkpoint: Checkpoint,
+    grids: GridChoice,
+    windows: np.ndarray,
+    recipe: Recipe,
+    store: LayerStore | None = None,
 ) -> Iterator[QuantizedLayer]:
-    """Solve every chosen linear of every decoder layer with GPTQ, calibrated on windows [samples, seq_len]."""
+    """Solve every chosen linear of every decoder layer with GPTQ, calibrated on windows [samples, seq_len].
+
+    Finished layers are kept in `store`, and taken from it when it has them: the result is the same to the bit.
+    Raises CalibrationError when `store` belongs to another run, or when activations are not finite.
+    """
     spec = checkpoint.spec
     device = pick_device(recipe.device)
     if checkpoint.quantization is not None:
@@ -96,10 +83,26 @@ def gptq_layers(
         for index in range(spec.num_hidden_layers):
             began = time.monotonic()
             with fast_matmul():
-                result = _LayerRun(checkpoint, index, grids, recipe, device).run(hidden, table)
-            result.seconds = time.monotonic() - began
+                run = _LayerRun(checkpoint, index, grids, recipe, device)
+                result = _stored_or_solved(run, store, hidden, table, began)
             yield result
             advance(1, f"layer {index}")
+
+
+def _stored_or_solved(
+    run: _LayerRun, store: LayerStore | None, hidden: Tensor, table: tuple[Tensor, Tensor], began: float
+) -> QuantizedLayer:
+    """The layer from `store` or solved now (and stored); `hidden` has passed through it afterwards."""
+    marks = {} if store is None else fingerprint(hidden, run.layer, run.recipe_record())
+    kept = None if store is None else store.load(run.result.layer, run.chosen_grids(), marks)
+    if kept is not None:
+        run.replay(kept, hidden, table)
+        return kept
+    result = run.solve_all(hidden, table)
+    result.seconds = time.monotonic() - began
+    if store is not None:
+        store.save(result, marks)
+    return result
 
 
 def _embed(checkpoint: Checkpoint, windows: np.ndarray) -> Tensor:
@@ -126,11 +129,18 @@ class _LayerRun:
         self.grids, self.recipe, self.device = grids, recipe, device
         self.result = QuantizedLayer(index)
 
-    def run(self, hidden: Tensor, table: tuple[Tensor, Tensor]) -> QuantizedLayer:
+    def chosen_grids(self) -> dict[str, AffineGrid]:
+        """The grid of each tensor of the layer that is quantized."""
+        found = {name: self.grids(info) for name, info in self.infos.items()}
+        return {name: grid for name, grid in found.items() if grid is not None}
+
+    def recipe_record(self) -> dict[str, Any]:
+        """What decides the result beside weights and data."""
+        return self.recipe.record() | {name: grid.name for name, grid in self.chosen_grids().items()}
+
+    def solve_all(self, hidden: Tensor, table: tuple[Tensor, Tensor]) -> QuantizedLayer:
         """Quantize the layer and carry `hidden` [samples, seq, hidden] through it, in place."""
-        layer = self.layer
-        batch = max(1, TOKENS_AT_ONCE // hidden.shape[1])
-        batches = hidden.split(batch)  # views: writing to one writes to `hidden`
+        layer, batches = self.layer, self._batches(hidden)
 
         moments = self._moments(STAGES[0])
         for part in batches:
@@ -140,7 +150,7 @@ class _LayerRun:
         moments = self._moments(STAGES[1])
         contexts = []
         for part in batches:
-            contexts.append(layer.attend(layer.attention_input(part), table))
+            contexts.append(self._context(part, table))
             moments.add(contexts[-1])
         self._quantize(STAGES[1], moments)
 
@@ -152,15 +162,34 @@ class _LayerRun:
 
         moments = self._moments(STAGES[3])
         for part in batches:
-            moments.add(layer.mlp.gated(layer.mlp_input(part)))
+            moments.add(self._gated(part))
         self._quantize(STAGES[3], moments)
 
         # The gated activations are computed again rather than kept: they are the widest of all.
         for part in batches:
-            part += layer.mlp.down_proj(layer.mlp.gated(layer.mlp_input(part)))
+            part += layer.mlp.down_proj(self._gated(part))
         if not torch.isfinite(hidden.sum()):
             raise CalibrationError(f"{self.prefix[:-1]}: outputs are not finite; the checkpoint is broken")
         return self.result
+
+    def replay(self, kept: QuantizedLayer, hidden: Tensor, table: tuple[Tensor, Tensor]) -> None:
+        """Carry `hidden` through the layer with weights quantized before, by the very steps of `solve_all`."""
+        for name, tensor in kept.tensors.items():
+            module = self._linear(name.removeprefix(self.prefix).removesuffix(".weight"))
+            module.weight.data = _to_torch(tensor, self.device).decode()
+        for part in self._batches(hidden):
+            part += self.layer.self_attn.o_proj(self._context(part, table))
+            part += self.layer.mlp.down_proj(self._gated(part))
+
+    def _batches(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Views of `hidden` [samples, seq, hidden] for one forward pass each; writing to one writes to `hidden`."""
+        return hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1]))
+
+    def _context(self, part: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        return self.layer.attend(self.layer.attention_input(part), table)
+
+    def _gated(self, part: Tensor) -> Tensor:
+        return self.layer.mlp.gated(self.layer.mlp_input(part))
 
     def _linear(self, name: str) -> nn.Linear:
         module = self.layer.get_submodule(name)
@@ -215,4 +244,16 @@ def _to_numpy(tensor: QuantizedTensor) -> QuantizedTensor:
     index = None if tensor.group_index is None else own(tensor.group_index)
     return QuantizedTensor(
         tensor.grid, own(tensor.codes), Scales(own(tensor.scales.scale), own(tensor.scales.offset)), index
+    )
+
+
+def _to_torch(tensor: QuantizedTensor, device: torch.device) -> QuantizedTensor:
+    """The inverse of `_to_numpy`, on `device`."""
+
+    def move(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(device)
+
+    index = None if tensor.group_index is None else move(tensor.group_index)
+    return QuantizedTensor(
+        tensor.grid, move(tensor.codes), Scales(move(tensor.scales.scale), move(tensor.scales.offset)), index
     )

@@ -104,6 +104,11 @@ def raising(error: BaseException) -> Callable:
             1,
         ),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x: Permission denied", 1),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            "this command needs torch, which is not installed; pip install 'qwen-quant[quantize]'",
+            1,
+        ),
         (ValueError("odd"), "unexpected ValueError: odd (a bug: QWEN_QUANT_DEBUG=1 shows where)", 1),
     ],
 )

@@ -1,0 +1,106 @@
+"""Finished layers kept on disk, so that a killed run goes on where it stopped.
+
+One safetensors file per decoder layer holds its codes and scales, and in its metadata the reports and three hashes:
+of the recipe, of the hidden states that entered the layer (so of the data and all earlier layers), and of the
+layer's full-precision weights. A layer is taken from disk only when all three are what they are now.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qwen_quant.errors import CalibrationError
+from qwen_quant.files import atomic_file
+from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales
+from qwen_quant.quantize.layer import LinearReport, QuantizedLayer
+from qwen_quant.safetensors import Planned, SafetensorsFile, SafetensorsWriter, storage_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Fingerprint = dict[str, str]
+INPUTS, WEIGHTS, RECIPE = "calibration data", "weights", "recipe"
+
+
+def fingerprint(hidden: Tensor, layer: nn.Module, recipe: Mapping[str, Any]) -> Fingerprint:
+    """Hashes of all that decides how `layer` is quantized: hidden states [samples, seq, hidden], weights, recipe."""
+    weights = hashlib.sha256()
+    for name, value in sorted(layer.state_dict().items()):
+        weights.update(name.encode())
+        weights.update(value.cpu().numpy().data)
+    return {
+        RECIPE: hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
+        INPUTS: hashlib.sha256(hidden.cpu().numpy().data).hexdigest(),
+        WEIGHTS: weights.hexdigest(),
+    }
+
+
+class LayerStore:
+    """The finished layers of one run, in a folder that the caller removes at the end with `discard`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+
+    def _path(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:05d}.safetensors"
+
+    def save(self, result: QuantizedLayer, marks: Fingerprint) -> None:
+        """Keep a finished layer; it is on disk whole or not at all."""
+        arrays: dict[str, np.ndarray] = {}
+        for name, tensor in result.tensors.items():
+            arrays[f"{name}.codes"] = tensor.codes
+            arrays[f"{name}.scale"] = tensor.scales.scale
+            arrays[f"{name}.offset"] = tensor.scales.offset
+            if tensor.group_index is not None:
+                arrays[f"{name}.group_index"] = tensor.group_index
+        planned = [Planned(name, storage_dtype(array), array.shape) for name, array in arrays.items()]
+        metadata = {
+            "marks": json.dumps(marks),
+            "reports": json.dumps([asdict(report) for report in result.reports]),
+            "seconds": str(result.seconds),
+        }
+        with (
+            atomic_file(self._path(result.layer)) as path,
+            SafetensorsWriter(path, planned, metadata) as writer,
+        ):
+            for name, array in arrays.items():
+                writer.write(name, array)
+
+    def load(self, layer: int, grids: Mapping[str, AffineGrid], marks: Fingerprint) -> QuantizedLayer | None:
+        """A kept layer whose tensors lie on `grids`, None when there is none.
+
+        Raises CalibrationError when it was made from other weights, data, or another recipe.
+        """
+        path = self._path(layer)
+        if not path.exists():
+            return None
+        file = SafetensorsFile(path)
+        kept = json.loads(file.metadata.get("marks", "{}"))
+        changed = [what for what in (RECIPE, INPUTS, WEIGHTS) if kept.get(what) != marks[what]]
+        if changed:
+            raise CalibrationError(
+                f"{self.folder}: was begun with another {changed[0]}; run without --resume to start again"
+            )
+        result = QuantizedLayer(layer, seconds=float(file.metadata["seconds"]))
+        result.reports = [LinearReport(**fields) for fields in json.loads(file.metadata["reports"])]
+        for name, grid in grids.items():
+            index = f"{name}.group_index"
+            result.tensors[name] = QuantizedTensor(
+                grid,
+                file.read_raw(f"{name}.codes"),
+                Scales(file.read_raw(f"{name}.scale"), file.read_raw(f"{name}.offset")),
+                file.read_raw(index) if index in file.entries else None,
+            )
+        return result
+
+    def discard(self) -> None:
+        """Remove what was kept."""
+        shutil.rmtree(self.folder, ignore_errors=True)
