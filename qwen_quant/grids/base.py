@@ -149,7 +149,8 @@ class AffineGrid(ABC):
         """Scales [N, G] for weights [N, K].
 
         Without `importance` they cover each group's extremes, as plain rounding does. With it ([K], diag of the
-        Hessian, or [N, K] where rows differ in theirs) a search minimises sum(importance * (w - decoded)^2) in each group over the stored scales.
+        Hessian, or [N, K] where rows differ in theirs) a search minimises sum(importance * (w - decoded)^2) in
+        each group over the stored scales.
         """
         xp = namespace(w)
         n, k = w.shape

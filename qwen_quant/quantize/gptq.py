@@ -18,7 +18,9 @@ from torch import Tensor
 from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales
 
 BLOCK = 128  # columns whose errors are spread at once into the rest
-CACHED = 1 << 18  # weights that one column's error is spread into at once: they stay in the second-level cache
+CACHED = (
+    1 << 18
+)  # weights that one column's error is spread into at once: they stay in the second-level cache
 DAMPING_STEPS = 4  # each ten times the one before, when the factorisation fails
 FALLBACK = "hessian not positive definite: importance-weighted rounding"
 
@@ -46,7 +48,9 @@ def inverse_factor(hessian: Tensor, damp_percent: float) -> tuple[Tensor, list[f
     one factorisation and one triangular inverse instead of two factorisations and a full inverse. Where no
     damping helped U is the identity, which spreads no errors.
     """
-    factor = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device).repeat(len(hessian), 1, 1)
+    factor = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device).repeat(
+        len(hessian), 1, 1
+    )
     means = torch.diagonal(hessian, dim1=1, dim2=2).mean(-1)
     dampings, open_ = [0.0] * len(hessian), list(range(len(hessian)))
     damping = damp_percent
@@ -174,7 +178,9 @@ def solve_stack(
             parts = Scales(scales.scale[e, rows], scales.offset[e, rows])
             index = groups[e] if desc_act else None
             tensor = QuantizedTensor(grid, codes[e, rows].contiguous(), parts, index)
-            solved.append(Solution(tensor, errors[e], rtn_errors[e], dampings[e], FALLBACK if failed[e] else ""))
+            solved.append(
+                Solution(tensor, errors[e], rtn_errors[e], dampings[e], FALLBACK if failed[e] else "")
+            )
     return solutions
 
 
