@@ -153,9 +153,9 @@ def layer_table(layers: list[QuantizedLayer]) -> Table:
 
 
 def _column(report: LinearReport) -> str:
-    """The same for all experts of a layer: `experts.gate`."""
+    """The same for all experts of a layer: `experts gate`."""
     parts = report.name.removesuffix("_proj.weight").split(".")
-    return ".".join(part for part in parts[4:] if not part.isdigit())
+    return " ".join(part for part in parts[4:] if not part.isdigit())
 
 
 def _share(reports: list[LinearReport]) -> str:
