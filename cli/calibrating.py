@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from qwen_quant.checkpoint import Checkpoint
-    from qwen_quant.quantize.layer import QuantizedLayer
+    from qwen_quant.quantize.layer import LinearReport, QuantizedLayer
     from qwen_quant.quantize.recipe import GridChoice, Recipe
     from qwen_quant.quantize.resume import LayerStore
 
@@ -129,6 +129,7 @@ def _layer_fields(layers: list[QuantizedLayer]) -> list[dict[str, Any]]:
             "damping": report.damping,
             "tokens": report.tokens,
             "fallback": report.fallback,
+            "pooled": report.pooled,
         }
         for layer in layers
         for report in layer.reports
@@ -141,21 +142,42 @@ def layer_table(layers: list[QuantizedLayer]) -> Table:
 
     table = Table(title="output error, as a share of round-to-nearest's")
     table.add_column("layer", justify="right")
-    names = [report.name.split(".")[-2].removesuffix("_proj") for report in layers[0].reports]
+    names = list(dict.fromkeys(_column(report) for layer in layers for report in layer.reports))
     for name in names:
         table.add_column(name, justify="right")
     table.add_column("s", justify="right")
     for layer in layers:
-        shares = [
-            f"{r.error / max(r.rtn_error, 1e-30):.3f}{'!' if r.fallback else ''}" for r in layer.reports
-        ]
-        table.add_row(str(layer.layer), *shares, f"{layer.seconds:.1f}")
+        cells = (_share([r for r in layer.reports if _column(r) == name]) for name in names)
+        table.add_row(str(layer.layer), *cells, f"{layer.seconds:.1f}")
     return table
 
 
+def _column(report: LinearReport) -> str:
+    """The same for all experts of a layer: `experts gate`."""
+    parts = report.name.removesuffix("_proj.weight").split(".")
+    return " ".join(part for part in parts[4:] if not part.isdigit())
+
+
+def _share(reports: list[LinearReport]) -> str:
+    """What is left of round-to-nearest's error on average; `!` when a solve failed."""
+    if not reports:
+        return ""
+    mean = sum(r.error / max(r.rtn_error, 1e-30) for r in reports) / len(reports)
+    return f"{mean:.3f}{'!' if any(r.fallback for r in reports) else ''}"
+
+
 def print_notes(layers: list[QuantizedLayer], unquantized: dict[str, str]) -> None:
-    """Fallbacks by name, and what stays in full precision, grouped by reason, on standard error."""
+    """Fallbacks by name, experts that saw few tokens, and what stays in full precision, grouped by reason, on
+    standard error."""
     for layer in layers:
+        cold = {r.name.split(".")[5]: r.tokens for r in layer.reports if r.pooled}
+        if cold:
+            listed = ", ".join(f"{expert} ({tokens})" for expert, tokens in cold.items())
+            print(
+                f"layer {layer.layer}: these experts saw few tokens (their number) and are calibrated in part on "
+                f"the whole layer's: {listed}; more --num-samples help",
+                file=sys.stderr,
+            )
         for report in layer.reports:
             if report.fallback:
                 print(f"warning: {report.name}: {report.fallback}", file=sys.stderr)

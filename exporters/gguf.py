@@ -16,7 +16,7 @@ import numpy as np
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError
-from qwen_quant.exporters.gguf_metadata import add_metadata, check_expressible
+from qwen_quant.exporters.gguf_metadata import add_metadata, architecture, check_expressible
 from qwen_quant.exporters.gguf_tensors import (
     Choice,
     check_type,
@@ -26,6 +26,7 @@ from qwen_quant.exporters.gguf_tensors import (
     native_type,
     pack_tensor,
     stored_parts,
+    stored_shape,
 )
 from qwen_quant.files import atomic_file
 from qwen_quant.grids.base import QuantizedTensor
@@ -91,7 +92,7 @@ def export_gguf(
     written.unquantized = {c.info.name: c.reason for c in choices if c.reason and c.type not in GRIDS}
     tokenizer = Tokenizer.from_folder(checkpoint.folder) if tokenizer is None else tokenizer
     with atomic_file(Path(output)) as path:
-        writer = gguf.GGUFWriter(path, checkpoint.spec.model_type)
+        writer = gguf.GGUFWriter(path, architecture(checkpoint.spec))
         try:
             add_metadata(writer, checkpoint, tokenizer, file_type, record or {})
             _write_header(writer, choices)
@@ -110,7 +111,11 @@ def _write_header(writer: gguf.GGUFWriter, choices: Iterable[Choice]) -> None:
         kind = gguf.GGMLQuantizationType[choice.type]
         # float32 stands for "the shape counts weights, not bytes"; the type is `kind`.
         writer.add_tensor_info(
-            gguf_name(choice.info), choice.info.shape, np.dtype(np.float32), choice.nbytes, raw_dtype=kind
+            gguf_name(choice.info),
+            stored_shape(choice.info),
+            np.dtype(np.float32),
+            choice.nbytes,
+            raw_dtype=kind,
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -173,10 +178,12 @@ def _write_layers(
 
 
 def _layer_parts(checkpoint: Checkpoint, choice: Choice, layer: Layer) -> Iterator[np.ndarray]:
-    tensor = layer.tensors.get(choice.info.name)
     if choice.type not in GRIDS:
-        return stored_parts(checkpoint, choice)
-    where = f"{checkpoint.folder}: {choice.info.name}"
-    if tensor is None:
-        raise FormatError(f"{where}: is {choice.type} in this file, but was not quantized")
-    return iter([pack_tensor(where, tensor, gguf_grid(choice.type))])
+        yield from stored_parts(checkpoint, choice)
+        return
+    for info in choice.stored:
+        where = f"{checkpoint.folder}: {info.name}"
+        tensor = layer.tensors.get(info.name)
+        if tensor is None:
+            raise FormatError(f"{where}: is {choice.type} in this file, but was not quantized")
+        yield pack_tensor(where, tensor, gguf_grid(choice.type))

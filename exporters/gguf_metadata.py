@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import gguf
 from qwen_quant import __version__
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import CheckpointError, FormatError
+from qwen_quant.moe import MoESpec
 from qwen_quant.rope import RopeScaling, yarn_attention_factor
 from qwen_quant.spec import ModelSpec
 from qwen_quant.tokenizer import UNUSED, Tokenizer
@@ -48,11 +50,24 @@ def add_metadata(
 def _add_general(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_type: str) -> None:
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(_model_name(checkpoint))
-    parameters = sum(_size(info.shape) for info in checkpoint.spec.tensors())
-    writer.add_size_label(gguf.size_label(parameters, parameters, 0, 0))
+    writer.add_size_label(_size_label(checkpoint.spec))
     writer.add_quantized_by(f"qwen-quant {__version__}")
     writer.add_file_type(_FILE_TYPES[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _size_label(spec: ModelSpec) -> str:
+    """As `596M` or `128x0.2B`: experts are counted apart from what all tokens share."""
+    infos = spec.tensors()
+    total = sum(math.prod(info.shape) for info in infos)
+    experts = 0 if spec.moe is None else spec.moe.num_experts
+    routed = sum(math.prod(info.shape) for info in infos if info.expert >= 0) // max(1, experts)
+    return gguf.size_label(total, total - routed * experts, routed, experts)
+
+
+def architecture(spec: ModelSpec) -> str:
+    """llama.cpp's name of the family: `qwen3moe` for Hugging Face's `qwen3_moe`."""
+    return spec.model_type.replace("_", "")
 
 
 def _model_name(checkpoint: Checkpoint) -> str:
@@ -60,13 +75,6 @@ def _model_name(checkpoint: Checkpoint) -> str:
     stored = checkpoint.spec.config.get("_name_or_path")
     name = Path(stored).name if isinstance(stored, str) else ""
     return name or checkpoint.folder.resolve().name
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    count = 1
-    for length in shape:
-        count *= length
-    return count
 
 
 def _add_architecture(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
@@ -83,6 +91,12 @@ def _add_architecture(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     if spec.rope_scaling is not None:
         _add_rope_scaling(writer, spec.rope_scaling)
     writer.add_layer_norm_rms_eps(spec.rms_norm_eps)
+    if spec.moe is not None:
+        writer.add_expert_count(spec.moe.num_experts)
+        writer.add_expert_used_count(spec.moe.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(spec.moe.moe_intermediate_size)
+        if spec.moe.shared_expert_intermediate_size is not None:
+            writer.add_expert_shared_feed_forward_length(spec.moe.shared_expert_intermediate_size)
     writer.add_vocab_size(spec.vocab_size)
 
 
@@ -96,12 +110,14 @@ def _add_rope_scaling(writer: gguf.GGUFWriter, scaling: RopeScaling) -> None:
 
 
 def check_expressible(checkpoint: Checkpoint) -> None:
-    """Raise FormatError for what llama.cpp would leave out without a word when it runs a qwen2 or qwen3 file."""
+    """Raise FormatError for what llama.cpp would leave out without a word when it runs a file of this architecture."""
     spec = checkpoint.spec
+    if spec.moe is not None:
+        _check_experts(checkpoint, spec.moe)
     if spec.sliding_window is not None and spec.sliding_window < spec.context_length:
         raise FormatError(
             f"{checkpoint.folder}: sliding_window {spec.sliding_window} is active in {len(spec.sliding_layers)} "
-            f"layers; GGUF's {spec.model_type} has no window: set use_sliding_window to false to attend fully, "
+            f"layers; GGUF's {architecture(spec)} has no window: set use_sliding_window to false to attend fully, "
             f"or max_position_embeddings to {spec.sliding_window}"
         )
     scaling = spec.rope_scaling
@@ -114,9 +130,26 @@ def check_expressible(checkpoint: Checkpoint) -> None:
     ):
         if value != fixed:
             raise FormatError(
-                f"{checkpoint.folder}: rope_scaling has {key} {value!r}; llama.cpp runs {spec.model_type} files "
+                f"{checkpoint.folder}: rope_scaling has {key} {value!r}; llama.cpp runs {architecture(spec)} files "
                 f"with {fixed!r} whatever they say: use qwen-quant gptq, or set {key} to {fixed!r}"
             )
+
+
+def _check_experts(checkpoint: Checkpoint, moe: MoESpec) -> None:
+    """llama.cpp's qwen2moe and qwen3moe have no key for these."""
+    spec = checkpoint.spec
+    if len(moe.sparse_layers) != spec.num_hidden_layers:
+        raise FormatError(
+            f"{checkpoint.folder}: only {len(moe.sparse_layers)} of {spec.num_hidden_layers} layers have experts "
+            f"(decoder_sparse_step, mlp_only_layers); llama.cpp's {architecture(spec)} has them in every layer: "
+            "use qwen-quant gptq"
+        )
+    fixed = spec.model_type == "qwen3_moe"
+    if moe.norm_topk_prob != fixed:
+        raise FormatError(
+            f"{checkpoint.folder}: norm_topk_prob is {str(moe.norm_topk_prob).lower()}; llama.cpp runs "
+            f"{architecture(spec)} files with {str(fixed).lower()} whatever they say: use qwen-quant gptq"
+        )
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:

@@ -35,6 +35,14 @@ _LAYER_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
 }
 
 
@@ -47,13 +55,27 @@ def gguf_name(info: TensorInfo) -> str:
     return f"blk.{info.layer}.{_LAYER_NAMES[module]}.{kind}"
 
 
+def stored_shape(info: TensorInfo) -> tuple[int, ...]:
+    """The shape as llama.cpp has it: a shared expert's gate is a vector."""
+    return info.shape[1:] if info.role == "router" and info.shape[0] == 1 else info.shape
+
+
 @dataclass(frozen=True)
 class Choice:
-    """How one tensor is stored; `reason` says why a weight is not on the file's grid."""
+    """How one tensor is stored; `reason` says why a weight is not on the file's grid.
+
+    The same projection of all experts is one tensor, [experts, N, K]; `members` are the checkpoint's own.
+    """
 
     info: TensorInfo
     type: str
     reason: str = ""
+    members: tuple[TensorInfo, ...] = ()
+
+    @property
+    def stored(self) -> tuple[TensorInfo, ...]:
+        """The checkpoint's tensors whose bytes follow one another in this one."""
+        return self.members or (self.info,)
 
     @property
     def nbytes(self) -> int:
@@ -115,27 +137,58 @@ def choose_types(
                 "head are one tensor; give the same type"
             )
         wanted["embedding"] = token_embedding_type or output_tensor_type
-    infos = checkpoint.spec.tensors()
-    return [_choose(checkpoint, info, file_type, wanted.get(info.role)) for info in infos]
+    return [
+        _choose(checkpoint, info, members, file_type, wanted.get(info.role))
+        for info, members in stacked(checkpoint.spec.tensors())
+    ]
 
 
-def _choose(checkpoint: Checkpoint, info: TensorInfo, file_type: str, wanted: str | None) -> Choice:
+def stacked(infos: Iterable[TensorInfo]) -> list[tuple[TensorInfo, tuple[TensorInfo, ...]]]:
+    """The tensors of a file in order: each with no members, or a stack of experts with what it is made of."""
+    experts: dict[str, list[TensorInfo]] = {}
+    for info in infos:
+        name = info.name if info.expert < 0 else info.name.replace(f".experts.{info.expert}.", ".experts.")
+        experts.setdefault(name, []).append(info)
+    return [
+        (group[0], ())
+        if group[0].expert < 0
+        else (TensorInfo(name, (len(group), *group[0].shape), "linear", group[0].layer), tuple(group))
+        for name, group in experts.items()
+    ]
+
+
+def _choose(
+    checkpoint: Checkpoint,
+    info: TensorInfo,
+    members: tuple[TensorInfo, ...],
+    file_type: str,
+    wanted: str | None,
+) -> Choice:
     if info.role in ("norm", "bias"):
         return Choice(info, "F32", "a vector: its bytes do not count")
-    if checkpoint.is_quantized(info.name):
-        return Choice(info, file_type)
+    if info.role == "router":
+        return Choice(info, "F32", "it decides which experts run")
+    first = (members or (info,))[0]
+    quantized = {checkpoint.is_quantized(member.name) for member in members or (info,)}
+    if len(quantized) == 2:
+        raise FormatError(
+            f"{checkpoint.folder}: {info.name}: some experts are quantized and some are not, but in GGUF they are "
+            "one tensor; export with --type F16"
+        )
+    if quantized == {True}:
+        return Choice(info, file_type, members=members)
     reason = ""
     if wanted is not None:
         chosen, reason = wanted, "asked for"
     elif checkpoint.quantization is not None and file_type in GRIDS:
-        chosen, reason = _STORED[checkpoint.source.dtype(info.name)], "as the GPTQ checkpoint stores it"
+        chosen, reason = _STORED[checkpoint.source.dtype(first.name)], "as the GPTQ checkpoint stores it"
     elif file_type in GRIDS and info.role != "linear":
         chosen, reason = OUTER_TYPE, "embeddings and heads keep 8 bits"
     else:
         chosen = file_type
-    if chosen in GRIDS and info.shape[1] % BLOCK:
-        return Choice(info, FALLBACK, f"{info.shape[1]} columns are not a multiple of {BLOCK}")
-    return Choice(info, chosen, "" if chosen == file_type else reason)
+    if chosen in GRIDS and info.shape[-1] % BLOCK:
+        return Choice(info, FALLBACK, f"{info.shape[-1]} columns are not a multiple of {BLOCK}", members)
+    return Choice(info, chosen, "" if chosen == file_type else reason, members)
 
 
 def stored_parts(checkpoint: Checkpoint, choice: Choice) -> Iterator[np.ndarray]:
@@ -143,15 +196,16 @@ def stored_parts(checkpoint: Checkpoint, choice: Choice) -> Iterator[np.ndarray]
 
     Raises CheckpointError for values that are not finite, FormatError for those that the type cannot hold.
     """
-    name, where = choice.info.name, f"{checkpoint.folder}: {choice.info.name}"
-    if checkpoint.is_quantized(name):
-        tensor = checkpoint.quantized(name)
-        if choice.type in GRIDS:
-            yield pack_tensor(where, tensor, gguf_grid(choice.type))
+    for info in choice.stored:
+        name, where = info.name, f"{checkpoint.folder}: {info.name}"
+        if checkpoint.is_quantized(name):
+            tensor = checkpoint.quantized(name)
+            if choice.type in GRIDS:
+                yield pack_tensor(where, tensor, gguf_grid(choice.type))
+            else:
+                yield from encode_floats(where, [tensor.decode()], choice.type)
         else:
-            yield from encode_floats(where, [tensor.decode()], choice.type)
-    else:
-        yield from encode_floats(where, checkpoint.source.chunks(name), choice.type)
+            yield from encode_floats(where, checkpoint.source.chunks(name), choice.type)
 
 
 def encode_floats(where: str, parts: Iterable[np.ndarray], type_name: str) -> Iterator[np.ndarray]:

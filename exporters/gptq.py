@@ -80,6 +80,8 @@ def export_gptq(
     shards = _shards(planned, max_shard_bytes)
     written = Written()
     config = quantization_config(grid, recipe, record, checkpoint_format)
+    if checkpoint.spec.moe is not None:
+        config["modules_in_block_to_quantize"] = quantized_modules(checkpoint)
     with atomic_folder(output, overwrite) as folder, _ShardSet(folder, shards) as out:
         for layer in layers:
             for info in checkpoint.spec.layer_tensors(layer.layer):
@@ -100,6 +102,19 @@ def export_gptq(
         written.bytes = sum(path.stat().st_size for path in folder.iterdir())
     written.unquantized = _reasons(checkpoint)
     return written
+
+
+def quantized_modules(checkpoint: Checkpoint) -> list[list[str]]:
+    """The quantized modules of a block, in the order of the computation: readers that replace every linear layer
+    need it, for the routers are linear layers too."""
+    stages: dict[str, dict[str, None]] = {}
+    for info in checkpoint.spec.tensors():
+        if info.role == "linear":
+            module = info.name.removeprefix(f"model.layers.{info.layer}.").removesuffix(".weight")
+            stage = {"q_proj": "q", "k_proj": "q", "v_proj": "q", "gate_proj": "up", "up_proj": "up"}
+            kind = module.rpartition(".")[2]
+            stages.setdefault(stage.get(kind, kind), {})[module] = None
+    return [list(modules) for modules in stages.values()]
 
 
 def check_packable(checkpoint: Checkpoint, grid: IntGrid) -> None:
@@ -195,6 +210,8 @@ def _write_configs(checkpoint: Checkpoint, folder: Path, config: dict[str, Any])
         model["rope_theta"] = checkpoint.spec.rope_theta
     if checkpoint.spec.rope_scaling is not None and not model.get("rope_scaling"):
         model["rope_scaling"] = {k: v for k, v in model["rope_parameters"].items() if k != "rope_theta"}
+    if checkpoint.spec.moe is not None:
+        model.setdefault("num_experts", checkpoint.spec.moe.num_experts)
     model["quantization_config"] = config
     (folder / "config.json").write_text(json.dumps(model, indent=2) + "\n", encoding="utf-8")
     (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -216,5 +233,6 @@ def _reasons(checkpoint: Checkpoint) -> dict[str, str]:
         "head": "readers expect the head in full precision",
         "norm": "a vector: its bytes do not count",
         "bias": "a vector: its bytes do not count",
+        "router": "it decides which experts run; readers expect full precision",
     }
     return {info.name: reasons[info.role] for info in checkpoint.spec.tensors() if info.role in reasons}

@@ -14,6 +14,7 @@ import numpy as np
 from qwen_quant.errors import CheckpointError, ConfigError, UsageError
 from qwen_quant.grids.base import QuantizedTensor
 from qwen_quant.grids.gptq import V1, V2, IntGrid, PackedLinear, unpack
+from qwen_quant.moe import Fused, fused_tensors
 from qwen_quant.safetensors import SafetensorsFile, bf16_to_f32, storage_dtype
 from qwen_quant.spec import ModelSpec, TensorInfo
 
@@ -121,6 +122,20 @@ class TensorSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._locate(name).entries[name].shape
 
+    def split(self, fused: Fused) -> None:
+        """Know a fused tensor as its parts from now on. Nothing is read: a part is a place in the file like any
+        other tensor. Raises CheckpointError when it has another shape."""
+        file = self._locate(fused.name)
+        shape = file.entries[fused.name].shape
+        if shape != fused.shape:
+            raise CheckpointError(
+                f"{file.path}: tensor {fused.name!r} has shape {list(shape)}, config.json says "
+                f"{list(fused.shape)}; config.json and weights do not belong together"
+            )
+        file.split(fused.name, fused.parts)
+        shard = self._shard_of.pop(fused.name)
+        self._shard_of |= dict.fromkeys((name for name, _ in fused.parts), shard)
+
     def read_raw(self, name: str) -> np.ndarray:
         """The stored array; BF16 as uint16 bit patterns."""
         return self._locate(name).read_raw(name)
@@ -189,6 +204,7 @@ class Checkpoint:
         self.spec = ModelSpec.from_folder(self.folder)
         self.source = TensorSource(self.folder)
         self.quantization = self._quantization()
+        self._split_experts()
         self._check_inventory()
 
     @classmethod
@@ -222,6 +238,15 @@ class Checkpoint:
         except UsageError as error:
             raise ConfigError(f"{where}: quantization_config: {error}") from None
         return GPTQConfig(grid, bool(config.get("desc_act", False)), stored_format, dict(config))
+
+    def _split_experts(self) -> None:
+        """Find the weights of single experts in the fused tensors that newer transformers write."""
+        spec = self.spec
+        for layer in () if spec.moe is None else spec.moe.sparse_layers:
+            assert spec.moe is not None
+            for fused in fused_tensors(spec.moe, spec.hidden_size, layer):
+                if fused.name in self.source:
+                    self.source.split(fused)
 
     def _check_inventory(self) -> None:
         """Every tensor the spec names must be there in its shape, before hours are spent on the others."""

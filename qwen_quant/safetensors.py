@@ -127,6 +127,15 @@ class SafetensorsFile:
             raise self._broken(f"tensor {name!r} ends at byte {start + offsets[1]} of {self.size}")
         return Entry(name, dtype, tuple(shape), start + offsets[0], nbytes)
 
+    def split(self, name: str, parts: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+        """Replace tensor `name` by the tensors (name and shape) that lie in it one after the other."""
+        whole = self.entries.pop(name)
+        offset = whole.offset
+        for part, shape in parts:
+            nbytes = math.prod(shape) * STORAGE[whole.dtype].itemsize
+            self.entries[part] = Entry(part, whole.dtype, shape, offset, nbytes)
+            offset += nbytes
+
     def read_raw(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """The stored array of tensor `name` (BF16 as uint16), or its rows start … stop, read from disk now."""
         entry = self.entries[name]

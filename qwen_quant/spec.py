@@ -14,9 +14,15 @@ from typing import Any
 
 from qwen_quant.config import ConfigReader
 from qwen_quant.errors import ConfigError
+from qwen_quant.moe import PROJECTIONS, MoESpec, expert_name, read_moe
 from qwen_quant.rope import RopeScaling, read_rope
 
-ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+ARCHITECTURES = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
 FULL, SLIDING = "full_attention", "sliding_attention"
 DEFAULT_WINDOW = 4096  # of a config.json that uses a window without giving its size
 QWEN3_HEAD_DIM = 128  # of a Qwen3 config.json without head_dim, whatever its hidden_size
@@ -25,17 +31,19 @@ MOST_LAYERS = 10_000  # a damaged count must not become an inventory of millions
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of a checkpoint. `role`: embedding, head, norm, bias or linear; `layer`: -1 outside layers."""
+    """A tensor of a checkpoint. `role`: embedding, head, norm, bias, router (which experts, how much of each) or
+    linear; `layer`: -1 outside layers; `expert`: -1 outside experts."""
 
     name: str
     shape: tuple[int, ...]
     role: str
     layer: int = -1
+    expert: int = -1
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A dense decoder: the numbers that fix its arithmetic and the shapes of its tensors."""
+    """A decoder, dense or with experts: the numbers that fix its arithmetic and the shapes of its tensors."""
 
     model_type: str
     hidden_size: int
@@ -55,6 +63,7 @@ class ModelSpec:
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None  # positions that `sliding_layers` attend to, the token's own included
     sliding_layers: tuple[int, ...] = ()
+    moe: MoESpec | None = None
     torch_dtype: str = "bfloat16"
     eos_token_id: tuple[int, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -83,8 +92,11 @@ class ModelSpec:
         model_type = _architecture(get)
         hidden_size = get.positive("hidden_size")
         heads = get.positive("num_attention_heads")
-        qwen3 = model_type == "qwen3"
-        if config.get("head_dim") is None and hidden_size % heads and not qwen3:
+        qwen3, sparse = model_type.startswith("qwen3"), model_type.endswith("_moe")
+        fixed_head = (
+            model_type == "qwen3"
+        )  # a missing head_dim is a constant there, in all others hidden / heads
+        if config.get("head_dim") is None and hidden_size % heads and not fixed_head:
             raise ConfigError(
                 f"{where}: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads} "
                 "and head_dim is missing; add head_dim"
@@ -94,15 +106,16 @@ class ModelSpec:
             raise ConfigError(
                 f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
             )
-        head_dim = get.positive("head_dim", QWEN3_HEAD_DIM if qwen3 else hidden_size // heads)
+        head_dim = get.positive("head_dim", QWEN3_HEAD_DIM if fixed_head else hidden_size // heads)
         if head_dim % 2:
             raise ConfigError(f"{where}: head_dim {head_dim} is odd; rotary embeddings need an even one")
         layers = get.positive("num_hidden_layers", most=MOST_LAYERS)
         max_position = get.positive("max_position_embeddings", 32768)
         rope_theta, rope_scaling = read_rope(get, head_dim, max_position)
         _check_activation(get)
-        window, sliding_layers = _read_window(get, layers)
-        # Qwen2 always has Q/K/V biases and never an output bias; Qwen3's one flag covers all four.
+        window, sliding_layers = _read_window(get, layers, model_type)
+        # Qwen2 always has Q/K/V biases (its MoE may leave them out) and never an output bias; Qwen3's one flag
+        # covers all four.
         attention_bias = get.flag("attention_bias") if qwen3 else False
         return cls(
             model_type=model_type,
@@ -117,12 +130,15 @@ class ModelSpec:
             rms_norm_eps=get.number("rms_norm_eps", 1e-6),
             rope_theta=rope_theta,
             tie_word_embeddings=get.flag("tie_word_embeddings"),
-            qkv_bias=attention_bias if qwen3 else True,
+            qkv_bias=attention_bias
+            if qwen3
+            else not sparse or config.get("qkv_bias") is None or get.flag("qkv_bias"),
             output_bias=attention_bias,
             qk_norm=qwen3,
             rope_scaling=rope_scaling,
             sliding_window=window,
             sliding_layers=sliding_layers,
+            moe=read_moe(get, layers, shared=not qwen3) if sparse else None,
             torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or "bfloat16"),
             eos_token_id=get.token_ids("eos_token_id"),
             config=dict(config),
@@ -152,9 +168,13 @@ class ModelSpec:
         """How many positions layer `layer` attends to, the token's own included; None for all."""
         return self.sliding_window if layer in self.sliding_layers else None
 
+    def is_sparse(self, layer: int) -> bool:
+        """Whether layer `layer` has experts."""
+        return self.moe is not None and layer in self.moe.sparse_layers
+
     def layer_tensors(self, layer: int) -> list[TensorInfo]:
         """The tensors of decoder layer `layer`, in the order of the computation."""
-        hidden, q, kv, ffn = self.hidden_size, self.q_size, self.kv_size, self.intermediate_size
+        hidden, q, kv = self.hidden_size, self.q_size, self.kv_size
         prefix = f"model.layers.{layer}"
         found: list[TensorInfo] = []
 
@@ -173,9 +193,28 @@ class ModelSpec:
         if self.output_bias:
             add("self_attn.o_proj.bias", (hidden,), "bias")
         add("post_attention_layernorm.weight", (hidden,), "norm")
-        add("mlp.gate_proj.weight", (ffn, hidden), "linear")
-        add("mlp.up_proj.weight", (ffn, hidden), "linear")
-        add("mlp.down_proj.weight", (hidden, ffn), "linear")
+        if self.moe is not None and self.is_sparse(layer):
+            return found + self._sparse_tensors(self.moe, layer)
+        return found + self._mlp_tensors(layer, f"{prefix}.mlp.", self.intermediate_size)
+
+    def _mlp_tensors(self, layer: int, prefix: str, ffn: int) -> list[TensorInfo]:
+        wide, tall = (ffn, self.hidden_size), (self.hidden_size, ffn)
+        return [
+            TensorInfo(f"{prefix}{name}.weight", shape, "linear", layer)
+            for name, shape in zip(PROJECTIONS, (wide, wide, tall), strict=True)
+        ]
+
+    def _sparse_tensors(self, moe: MoESpec, layer: int) -> list[TensorInfo]:
+        prefix = f"model.layers.{layer}.mlp."
+        found = [TensorInfo(f"{prefix}gate.weight", (moe.num_experts, self.hidden_size), "router", layer)]
+        wide = (moe.moe_intermediate_size, self.hidden_size)
+        for expert in range(moe.num_experts):
+            for name, shape in zip(PROJECTIONS, (wide, wide, wide[::-1]), strict=True):
+                found.append(TensorInfo(expert_name(layer, expert, name), shape, "linear", layer, expert))
+        if moe.shared_expert_intermediate_size is not None:
+            found += self._mlp_tensors(layer, f"{prefix}shared_expert.", moe.shared_expert_intermediate_size)
+            shape = (1, self.hidden_size)
+            found.append(TensorInfo(f"{prefix}shared_expert_gate.weight", shape, "router", layer))
         return found
 
     def outer_tensors(self) -> list[TensorInfo]:
@@ -214,11 +253,11 @@ def _check_activation(get: ConfigReader) -> None:
         raise ConfigError(f"{get.where}: hidden_act {act!r} is not supported; Qwen models use 'silu'")
 
 
-def _read_window(get: ConfigReader, layers: int) -> tuple[int | None, tuple[int, ...]]:
+def _read_window(get: ConfigReader, layers: int, model_type: str) -> tuple[int | None, tuple[int, ...]]:
     """The sliding window and the layers that have it. As in transformers: `layer_types` says which, or else all
-    from `max_window_layers` on."""
+    from `max_window_layers` on; for Qwen2-MoE every other one before it, and Qwen3-MoE knows only all or none."""
     used = get.flag("use_sliding_window")
-    types = get.names("layer_types")
+    types = get.names("layer_types") if model_type != "qwen3_moe" else []
     unknown = sorted(set(types) - {FULL, SLIDING})
     if unknown:
         raise ConfigError(f"{get.where}: layer_types has {unknown}; known are {FULL!r} and {SLIDING!r}")
@@ -228,6 +267,10 @@ def _read_window(get: ConfigReader, layers: int) -> tuple[int | None, tuple[int,
     sliding: tuple[int, ...] = ()
     if types:
         sliding = tuple(layer for layer, name in enumerate(types) if name == SLIDING)
+    elif used and stated and model_type == "qwen3_moe":
+        sliding = tuple(range(layers))
+    elif used and stated and model_type == "qwen2_moe":
+        sliding = tuple(range(0, min(_max_window_layers(get), layers), 2))
     elif used and stated:
         sliding = tuple(range(_max_window_layers(get), layers))
     if not sliding:

@@ -149,7 +149,8 @@ class AffineGrid(ABC):
         """Scales [N, G] for weights [N, K].
 
         Without `importance` they cover each group's extremes, as plain rounding does. With it ([K], diag of the
-        Hessian) a search minimises sum(importance * (w - decoded)^2) in each group over the stored scales.
+        Hessian, or [N, K] where rows differ in theirs) a search minimises sum(importance * (w - decoded)^2) in
+        each group over the stored scales.
         """
         xp = namespace(w)
         n, k = w.shape
@@ -161,14 +162,8 @@ class AffineGrid(ABC):
             if importance is None:
                 parts.append(self.plain(groups))
             else:
-                weights = self._cut(xp.reshape(importance, (1, k)), size, n_groups, weigh_filling=False)
-                weights = xp.reshape(
-                    xp.broadcast_to(
-                        xp.reshape(weights, (1, n_groups, size)),
-                        (groups.shape[0] // n_groups, n_groups, size),
-                    ),
-                    groups.shape,
-                )
+                mine = xp.broadcast_to(importance, (n, k))[start : start + rows, :]
+                weights = self._cut(mine, size, n_groups, weigh_filling=False)
                 parts.append(self._search(groups, weights))
         scale = xp.reshape(xp.concat([part.scale for part in parts], axis=0), (n, n_groups))
         offset = xp.reshape(xp.concat([part.offset for part in parts], axis=0), (n, n_groups))

@@ -22,7 +22,7 @@ def fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.d
 def load_layer(checkpoint: Checkpoint, layer: int, device: torch.device | str = "cpu") -> DecoderLayer:
     """Decoder layer `layer` in float32."""
     with torch.device("meta"):
-        module = DecoderLayer(checkpoint.spec, checkpoint.spec.window(layer))
+        module = DecoderLayer(checkpoint.spec, layer)
     fill(module, checkpoint, f"model.layers.{layer}.", device)
     return module.requires_grad_(False)
 

@@ -1,8 +1,8 @@
-"""Every dense Qwen as one config-driven decoder, with Hugging Face's parameter names.
+"""Every Qwen as one config-driven decoder, with Hugging Face's parameter names.
 
 Shapes: hidden states [batch, seq, hidden]; heads [batch, n_heads, seq, head_dim]. Rotary tables, the norms'
 sums and softmax are FP32. The layer is split at the inputs of its linear parts (`attention_input`, `attend`,
-`mlp_input`, `gated`), because the quantizer needs each of them once.
+`mlp_input`, and `gated` of each SwiGLU), because the quantizer needs each of them once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen_quant.moe import MoESpec
 from qwen_quant.spec import ModelSpec
 
 
@@ -138,24 +139,67 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, spec: ModelSpec) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(spec.hidden_size, spec.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(spec.intermediate_size, spec.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def gated(self, x: Tensor) -> Tensor:
-        """silu(gate(x)) * up(x) [batch, seq, intermediate]: the input of down_proj."""
+        """silu(gate(x)) * up(x) [..., intermediate]: the input of down_proj."""
         return F.silu(self.gate_proj(x)) * self.up_proj(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden]"""
+        return self.down_proj(self.gated(x))
+
+
+class SparseMLP(nn.Module):
+    """Experts: each token goes through its best few, weighted by the router's softmax (Shazeer et al. 2017,
+    arXiv:1701.06538); Qwen2-MoE adds an expert that sees every token, times a sigmoid gate of its own."""
+
+    def __init__(self, hidden_size: int, moe: MoESpec) -> None:
+        super().__init__()
+        self.moe = moe
+        self.gate = nn.Linear(hidden_size, moe.num_experts, bias=False)
+        self.experts = nn.ModuleList(
+            MLP(hidden_size, moe.moe_intermediate_size) for _ in range(moe.num_experts)
+        )
+        if moe.shared_expert_intermediate_size is not None:
+            self.shared_expert = MLP(hidden_size, moe.shared_expert_intermediate_size)
+            self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts of tokens x [T, hidden] and their weights, both [T, num_experts_per_tok]."""
+        probabilities = torch.softmax(self.gate(x).float(), dim=-1)
+        weights, experts = probabilities.topk(self.moe.num_experts_per_tok, dim=-1)
+        if self.moe.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return experts, weights.to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden]"""
+        tokens = x.reshape(-1, x.shape[-1])
+        chosen, weights = self.route(tokens)
+        out = torch.zeros_like(tokens)
+        for index in chosen.unique().tolist():
+            rows, ranks = torch.where(chosen == index)
+            out.index_add_(0, rows, self.experts[index](tokens[rows]) * weights[rows, ranks, None])
+        if self.moe.shared_expert_intermediate_size is not None:
+            out += torch.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)
+        return out.view_as(x)
 
 
 class DecoderLayer(nn.Module):
     """One decoder layer; `forward` composes the stages that the quantizer also calls one by one."""
 
-    def __init__(self, spec: ModelSpec, window: int | None = None) -> None:
+    def __init__(self, spec: ModelSpec, index: int) -> None:
         super().__init__()
-        self.self_attn = Attention(spec, window)
-        self.mlp = MLP(spec)
+        self.self_attn = Attention(spec, spec.window(index))
+        if spec.moe is not None and spec.is_sparse(index):
+            self.mlp: MLP | SparseMLP = SparseMLP(spec.hidden_size, spec.moe)
+        else:
+            self.mlp = MLP(spec.hidden_size, spec.intermediate_size)
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
 
@@ -168,7 +212,7 @@ class DecoderLayer(nn.Module):
         return self.self_attn(x, table, cache)
 
     def mlp_input(self, hidden: Tensor) -> Tensor:
-        """What gate_proj and up_proj read."""
+        """What gate_proj and up_proj read, and the router."""
         return self.post_attention_layernorm(hidden)
 
     def forward(
@@ -176,7 +220,7 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:  # [batch, seq, hidden]
         context = self.attend(self.attention_input(hidden), table, cache)
         hidden = hidden + self.self_attn.o_proj(context)
-        return hidden + self.mlp.down_proj(self.mlp.gated(self.mlp_input(hidden)))
+        return hidden + self.mlp(self.mlp_input(hidden))
 
 
 class Decoder(nn.Module):
@@ -185,9 +229,7 @@ class Decoder(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
-        self.layers = nn.ModuleList(
-            DecoderLayer(spec, spec.window(layer)) for layer in range(spec.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(spec, layer) for layer in range(spec.num_hidden_layers))
         self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
 
 

@@ -9,7 +9,10 @@ from qwen_quant.grids.base import QuantizedTensor
 
 @dataclass(frozen=True)
 class LinearReport:
-    """How one linear layer came out; errors are relative output errors, `fallback` names a failed solve."""
+    """How one linear layer came out; errors are relative output errors, `fallback` names a failed solve.
+
+    `pooled` is the layer's share in the Hessian of an expert that saw few tokens (a cold one), else 0.
+    """
 
     name: str
     grid: str
@@ -18,6 +21,7 @@ class LinearReport:
     damping: float
     tokens: int
     fallback: str = ""
+    pooled: float = 0.0
 
 
 @dataclass

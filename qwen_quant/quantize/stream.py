@@ -7,7 +7,7 @@ before it ("true sequential"). Linear layers that read the same activations shar
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,20 +18,21 @@ from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import CalibrationError, CheckpointError, UsageError
 from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales
 from qwen_quant.model import DecoderLayer, Rotary, load_layer
+from qwen_quant.model.transformer import MLP, SparseMLP
+from qwen_quant.moe import PROJECTIONS
 from qwen_quant.progress import progress
 from qwen_quant.quantize.calibration import Calibration, fast_matmul
-from qwen_quant.quantize.gptq import Solution, solve
+from qwen_quant.quantize.experts import ExpertInputs, groups_of_experts, shrunk
+from qwen_quant.quantize.gptq import Solution, solve, solve_stack
 from qwen_quant.quantize.layer import LinearReport, QuantizedLayer
 from qwen_quant.quantize.recipe import GridChoice, Recipe
 from qwen_quant.quantize.resume import LayerStore, fingerprint
 from qwen_quant.spec import TensorInfo
 
 TOKENS_AT_ONCE = 4096  # calibration tokens per forward pass: bounds activations beside the hidden states
-STAGES = (
+ATTENTION = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
 )
 
 
@@ -125,6 +126,7 @@ class _LayerRun:
     ) -> None:
         self.layer: DecoderLayer = load_layer(checkpoint, index, device)
         self.prefix = f"model.layers.{index}."
+        self.spec = checkpoint.spec
         self.infos: dict[str, TensorInfo] = {i.name: i for i in checkpoint.spec.layer_tensors(index)}
         self.grids, self.recipe, self.device = grids, recipe, device
         self.result = QuantizedLayer(index)
@@ -142,35 +144,53 @@ class _LayerRun:
         """Quantize the layer and carry `hidden` [samples, seq, hidden] through it, in place."""
         layer, batches = self.layer, self._batches(hidden)
 
-        moments = self._moments(STAGES[0])
+        moments = self._moments(ATTENTION[0])
         for part in batches:
             moments.add(layer.attention_input(part))
-        self._quantize(STAGES[0], moments)
+        self._quantize(ATTENTION[0], moments)
 
-        moments = self._moments(STAGES[1])
+        moments = self._moments(ATTENTION[1])
         contexts = []
         for part in batches:
             contexts.append(self._context(part, table))
             moments.add(contexts[-1])
-        self._quantize(STAGES[1], moments)
+        self._quantize(ATTENTION[1], moments)
 
-        moments = self._moments(STAGES[2])
         for part in batches:
             part += layer.self_attn.o_proj(contexts.pop(0))
-            moments.add(layer.mlp_input(part))
-        self._quantize(STAGES[2], moments)
-
-        moments = self._moments(STAGES[3])
+        if isinstance(layer.mlp, SparseMLP):
+            self._solve_experts(layer.mlp, batches)
+            if self.spec.moe is not None and self.spec.moe.shared_expert_intermediate_size is not None:
+                self._solve_mlp(layer.mlp.shared_expert, "mlp.shared_expert", batches)
+        else:
+            self._solve_mlp(layer.mlp, "mlp", batches)
         for part in batches:
-            moments.add(self._gated(part))
-        self._quantize(STAGES[3], moments)
-
-        # The gated activations are computed again rather than kept: they are the widest of all.
-        for part in batches:
-            part += layer.mlp.down_proj(self._gated(part))
+            part += layer.mlp(layer.mlp_input(part))
         if not torch.isfinite(hidden.sum()):
             raise CalibrationError(f"{self.prefix[:-1]}: outputs are not finite; the checkpoint is broken")
         return self.result
+
+    def _solve_mlp(self, module: MLP, name: str, batches: tuple[Tensor, ...]) -> None:
+        """Quantize a SwiGLU that every token passes."""
+        first, last = tuple(f"{name}.{part}" for part in PROJECTIONS[:2]), (f"{name}.{PROJECTIONS[2]}",)
+        moments = self._moments(first)
+        for part in batches:
+            moments.add(self.layer.mlp_input(part))
+        self._quantize(first, moments)
+        # The gated activations are computed again for the outputs rather than kept: they are the widest of all.
+        moments = self._moments(last)
+        for part in batches:
+            moments.add(module.gated(self.layer.mlp_input(part)))
+        self._quantize(last, moments)
+
+    def _solve_experts(self, block: SparseMLP, batches: tuple[Tensor, ...]) -> None:
+        """Quantize the experts, a few at a time, their gate and up before their down."""
+        inputs = ExpertInputs(block, f"{self.prefix}mlp.", batches, self.layer.post_attention_layernorm)
+        for experts in groups_of_experts(block.moe, self.spec.hidden_size):
+            found = inputs.input_moments(experts)
+            self._quantize_experts(experts, PROJECTIONS[:2], found, lambda expert: inputs.pooled)
+            found = inputs.gated_moments(experts)
+            self._quantize_experts(experts, PROJECTIONS[2:], found, inputs.pooled_gated)
 
     def replay(self, kept: QuantizedLayer, hidden: Tensor, table: tuple[Tensor, Tensor]) -> None:
         """Carry `hidden` through the layer with weights quantized before, by the very steps of `solve_all`."""
@@ -179,7 +199,7 @@ class _LayerRun:
             module.weight.data = _to_torch(tensor, self.device).decode()
         for part in self._batches(hidden):
             part += self.layer.self_attn.o_proj(self._context(part, table))
-            part += self.layer.mlp.down_proj(self._gated(part))
+            part += self.layer.mlp(self.layer.mlp_input(part))
 
     def _batches(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Views of `hidden` [samples, seq, hidden] for one forward pass each; writing to one writes to `hidden`."""
@@ -187,9 +207,6 @@ class _LayerRun:
 
     def _context(self, part: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         return self.layer.attend(self.layer.attention_input(part), table)
-
-    def _gated(self, part: Tensor) -> Tensor:
-        return self.layer.mlp.gated(self.layer.mlp_input(part))
 
     def _linear(self, name: str) -> nn.Linear:
         module = self.layer.get_submodule(name)
@@ -201,12 +218,7 @@ class _LayerRun:
 
     def _quantize(self, stage: tuple[str, ...], moments: Calibration) -> None:
         """Solve the stage's linears, one stacked solve for each distinct grid."""
-        by_grid: dict[str, tuple[AffineGrid, list[str]]] = {}
-        for name in stage:
-            grid = self.grids(self.infos[f"{self.prefix}{name}.weight"])
-            if grid is not None:
-                by_grid.setdefault(grid.name, (grid, []))[1].append(name)
-        for grid, names in by_grid.values():
+        for grid, names in self._by_grid(stage):
             weights = [self._linear(name).weight.data for name in names]
             solutions = solve(
                 weights,
@@ -218,7 +230,45 @@ class _LayerRun:
             for name, solution in zip(names, solutions, strict=True):
                 self._keep(name, grid, solution, moments.n_tokens)
 
-    def _keep(self, name: str, grid: AffineGrid, solution: Solution, tokens: int) -> None:
+    def _by_grid(self, names: tuple[str, ...]) -> Iterable[tuple[AffineGrid, list[str]]]:
+        """Each distinct grid and the linears on it."""
+        found: dict[str, tuple[AffineGrid, list[str]]] = {}
+        for name in names:
+            grid = self.grids(self.infos[f"{self.prefix}{name}.weight"])
+            if grid is not None:
+                found.setdefault(grid.name, (grid, []))[1].append(name)
+        return found.values()
+
+    def _quantize_experts(
+        self,
+        experts: range,
+        projections: tuple[str, ...],
+        moments: list[Calibration],
+        pooled: Callable[[int], Tensor],
+    ) -> None:
+        """Solve the same projections of several experts as one stack for each distinct grid."""
+        mixed = [shrunk(own, expert, pooled) for expert, own in zip(experts, moments, strict=True)]
+        hessian = torch.stack([matrix for matrix, _ in mixed])  # [E, K, K]
+        # An expert's tensors have the same grids as every other's: a grid is chosen for a shape and a name.
+        for grid, names in self._by_grid(tuple(f"mlp.experts.{experts[0]}.{p}" for p in projections)):
+            chosen = [name.rpartition(".")[2] for name in names]
+            solved = solve_stack(
+                [
+                    torch.stack([self._linear(f"mlp.experts.{e}.{p}").weight.data for e in experts])
+                    for p in chosen
+                ],
+                hessian,
+                grid,
+                damp_percent=self.recipe.damp_percent,
+                desc_act=self.recipe.desc_act,
+            )
+            for e, own, (_, share), solutions in zip(experts, moments, mixed, solved, strict=True):
+                for projection, solution in zip(chosen, solutions, strict=True):
+                    self._keep(f"mlp.experts.{e}.{projection}", grid, solution, own.n_tokens, share)
+
+    def _keep(
+        self, name: str, grid: AffineGrid, solution: Solution, tokens: int, pooled: float = 0.0
+    ) -> None:
         full = f"{self.prefix}{name}.weight"
         self._linear(name).weight.data = solution.tensor.decode()
         self.result.tensors[full] = _to_numpy(solution.tensor)
@@ -231,6 +281,7 @@ class _LayerRun:
                 solution.damping,
                 tokens,
                 solution.fallback,
+                pooled,
             )
         )
 

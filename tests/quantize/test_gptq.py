@@ -8,7 +8,7 @@ import torch
 
 from qwen_quant.grids import Q4_0, Q4_1, Q8_0, IntGrid
 from qwen_quant.grids.base import AffineGrid
-from qwen_quant.quantize.gptq import inverse_factor, output_error, solve
+from qwen_quant.quantize.gptq import inverse_factor, output_error, solve, solve_stack
 
 GRIDS = [
     IntGrid(4, 32),
@@ -64,8 +64,8 @@ def test_equals_the_textbook(grid: AffineGrid) -> None:
 
 def test_inverse_factor_is_the_cholesky_factor_of_the_inverse() -> None:
     _, hessian = problem()
-    factor, damping = inverse_factor(hessian, 0.01)
-    assert factor is not None and damping == 0.01
+    [factor], [damping], [failed] = inverse_factor(hessian[None], 0.01)
+    assert not failed and damping == 0.01
     damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
     assert torch.equal(factor, factor.triu())
     torch.testing.assert_close(
@@ -79,7 +79,9 @@ def test_beats_round_to_nearest(grid: AffineGrid) -> None:
     [solution] = solve([w], hessian, grid)
     assert solution.error < solution.rtn_error
     difference = w - solution.tensor.decode()
-    assert solution.error == pytest.approx(output_error(difference, hessian) / output_error(w, hessian))
+    assert solution.error == pytest.approx(
+        float(output_error(difference[None], hessian[None]) / output_error(w[None], hessian[None]))
+    )
 
 
 def test_stacking_changes_nothing() -> None:
@@ -90,6 +92,27 @@ def test_stacking_changes_nothing() -> None:
         [alone] = solve([weight], hessian, IntGrid(4, 32))
         assert (alone.tensor.codes != solution.tensor.codes).float().mean() < 0.01
         assert alone.error == pytest.approx(solution.error, rel=0.02)
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: g.name)
+def test_a_stack_is_each_problem_alone(grid: AffineGrid, desc_act: bool) -> None:
+    """A hopeless Hessian among them falls back alone."""
+    problems = [problem(seed=seed) for seed in range(3)]
+    hopeless = problems[1][1] - 30 * problems[1][1].diagonal().mean()
+    problems[1] = (problems[1][0], hopeless.fill_diagonal_(1.0))
+    w, hessian = (torch.stack(parts) for parts in zip(*problems, strict=True))
+    stacked = solve_stack([w[:, :10], w[:, 10:]], hessian, grid, desc_act=desc_act)
+    for (weight, moments), solved in zip(problems, stacked, strict=True):
+        for part, found in zip((weight[:10], weight[10:]), solved, strict=True):
+            [alone] = solve([part], moments, grid, desc_act=desc_act)
+            assert (alone.tensor.codes != found.tensor.codes).float().mean() < 0.01
+            torch.testing.assert_close(alone.tensor.scales.scale, found.tensor.scales.scale)
+            assert alone.error == pytest.approx(found.error, rel=0.02)
+            assert (alone.fallback, alone.damping) == (found.fallback, found.damping)
+            if desc_act:
+                assert torch.equal(alone.tensor.group_index, found.tensor.group_index)
+    assert [bool(solved[0].fallback) for solved in stacked] == [False, True, False]
 
 
 def test_desc_act_orders_groups_by_activation() -> None:
