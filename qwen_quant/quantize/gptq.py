@@ -18,9 +18,8 @@ from torch import Tensor
 from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales
 
 BLOCK = 128  # columns whose errors are spread at once into the rest
-CACHED = (
-    1 << 18
-)  # weights that one column's error is spread into at once: they stay in the second-level cache
+# Weights that one column's error is spread into at once: they stay in the second-level cache.
+CACHED = 1 << 18
 DAMPING_STEPS = 4  # each ten times the one before, when the factorisation fails
 FALLBACK = "hessian not positive definite: importance-weighted rounding"
 
