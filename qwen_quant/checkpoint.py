@@ -140,20 +140,23 @@ class TensorSource:
         """The stored array; BF16 as uint16 bit patterns."""
         return self._locate(name).read_raw(name)
 
-    def raw_chunks(self, name: str) -> Iterator[np.ndarray]:
-        """The stored array in pieces along its first dimension: for copying what is too big to hold."""
+    def _pieces(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """A float tensor in pieces along its first dimension, each as stored and as float32; raises as `read`."""
         file = self._locate(name)
         entry = file.entries[name]
         rows = entry.shape[0] if entry.shape else 1
         step = max(1, rows * CHUNK_BYTES // max(1, entry.nbytes))
         for start in range(0, rows, step):
-            yield file.read_raw(name, start, start + step)
+            raw = file.read_raw(name, start, start + step)
+            yield raw, self._floats(file, name, raw)
+
+    def raw_chunks(self, name: str) -> Iterator[np.ndarray]:
+        """The stored array in pieces, checked as `read` does: for copying what is too big to hold."""
+        return (raw for raw, _ in self._pieces(name))
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
         """`read` in pieces along the first dimension."""
-        file = self._locate(name)
-        for raw in self.raw_chunks(name):
-            yield self._floats(file, name, raw)
+        return (values for _, values in self._pieces(name))
 
     def read_rows(self, name: str, rows: np.ndarray) -> np.ndarray:
         """The given rows (sorted indices) of a matrix as float32 [len(rows), columns]."""

@@ -214,3 +214,13 @@ class AffineGrid(ABC):
             codes = self.round(groups, best.scale, best.offset)
             keep(self.refit(groups, importance, codes, best))
         return best
+
+
+class CentredGrid(AffineGrid):
+    """A grid whose offset is the code of zero: w = scale * (q - offset)."""
+
+    def value(self, codes: Array, scale: Array, offset: Array) -> Array:
+        return scale * (codes - offset)
+
+    def position(self, w: Array, scale: Array, offset: Array) -> Array:
+        return w / scale + offset

@@ -15,6 +15,7 @@ from qwen_quant.grids.base import (
     SHRINK,
     AffineGrid,
     Array,
+    CentredGrid,
     QuantizedTensor,
     Scales,
     fp16_scale,
@@ -48,17 +49,11 @@ class BlockGrid(AffineGrid):
         return np.ascontiguousarray(data).reshape(data.shape[0], -1, self.block_bytes)  # [N, G, block_bytes]
 
 
-class _Symmetric(BlockGrid):
+class _Symmetric(CentredGrid, BlockGrid):
     """w = d * (q - middle), d of either sign."""
 
     middle: int
     reach: int  # the code distance that the extreme value is given
-
-    def value(self, codes: Array, scale: Array, offset: Array) -> Array:
-        return scale * (codes - offset)
-
-    def position(self, w: Array, scale: Array, offset: Array) -> Array:
-        return w / scale + offset
 
     def _scales(self, scale: Array) -> Scales:
         xp = namespace(scale)

@@ -14,8 +14,8 @@ import numpy as np
 from qwen_quant.errors import UsageError
 from qwen_quant.grids.base import (
     SHRINK,
-    AffineGrid,
     Array,
+    CentredGrid,
     QuantizedTensor,
     Scales,
     fp16_scale,
@@ -28,7 +28,7 @@ GROUP_SIZES = (-1, 32, 64, 128)
 V1, V2 = GPTQ_FORMATS = ("gptq", "gptq_v2")
 
 
-class IntGrid(AffineGrid):
+class IntGrid(CentredGrid):
     """`bits`-bit integers, symmetric (zero fixed at the middle) or with an integer zero per group."""
 
     def __init__(self, bits: int = 4, group_size: int = 128, sym: bool = True) -> None:
@@ -47,12 +47,6 @@ class IntGrid(AffineGrid):
     @property
     def bits_per_weight(self) -> float:
         return self.bits + (0.0 if self.group_size == -1 else (16 + self.bits) / self.group_size)
-
-    def value(self, codes: Array, scale: Array, offset: Array) -> Array:
-        return scale * (codes - offset)
-
-    def position(self, w: Array, scale: Array, offset: Array) -> Array:
-        return w / scale + offset
 
     def plain(self, groups: Array) -> Scales:
         return self._covering(groups, 1.0)
