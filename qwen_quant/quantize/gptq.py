@@ -1,8 +1,12 @@
 """The GPTQ solver (Frantar et al. 2022, arXiv:2210.17323) over any affine grid.
 
-Minimises tr((W - Q) H (W - Q)ᵀ) column by column: each column is rounded and its error is spread over the
-columns not yet rounded, by the Cholesky factor of H⁻¹. Columns go in order of falling diag(H) ("act-order");
-unless `desc_act` is set the groups stay in their stored order, so that no reader needs an index for it.
+Minimises tr((W - Q) H (W - Q)ᵀ) column by column: each column is rounded after the errors of those before it were
+spread into it. Columns go in order of falling diag(H) ("act-order"); unless `desc_act` is set the groups stay in
+their stored order, so that no reader needs an index for it.
+
+Errors are spread by the Cholesky factor of H itself (factor.py), in the form of Babai's nearest plane: it makes the
+same choices as the factor of H⁻¹ in the first paper (Chen et al. 2025, arXiv:2507.18553), needs no inverse, and the
+loss of the solve is known when it ends.
 
 Everything is done for a stack of problems at once (the experts of a layer); a dense layer is a stack of one.
 Shapes: E problems, N rows, K columns.
@@ -10,23 +14,25 @@ Shapes: E problems, N rows, K columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales
+from qwen_quant.quantize.factor import Factor, factorise, output_error, spread_cost
 
-BLOCK = 128  # columns whose errors are spread at once into the rest
+BLOCK = 128  # columns that the errors of all columns before them are spread into at once
 # Weights that one column's error is spread into at once: they stay in the second-level cache.
 CACHED = 1 << 18
-DAMPING_STEPS = 4  # each ten times the one before, when the factorisation fails
+FLOATS_AT_ONCE = 1 << 24  # weights of the rows that are solved together: bounds the temporaries
 FALLBACK = "hessian not positive definite: importance-weighted rounding"
 
 
 @dataclass
 class Solution:
-    """A solved weight and how far it is off: relative output errors tr(E H Eᵀ) / tr(W H Wᵀ)."""
+    """A solved weight and how far it is off: relative output errors tr(D H Dᵀ) / tr(W H Wᵀ) of D = W - Q."""
 
     tensor: QuantizedTensor
     error: float
@@ -35,86 +41,159 @@ class Solution:
     fallback: str = ""
 
 
-def output_error(difference: Tensor, hessian: Tensor) -> Tensor:
-    """tr(D H Dᵀ) [E] of D [E, N, K]: the mean squared change of the layers' outputs, summed over rows."""
-    return torch.sum((difference @ hessian) * difference, dim=(1, 2), dtype=torch.float64)
+@dataclass
+class _Rows:
+    """What is found for some rows: codes uint8 [E, N, K], scales [E, N, G], and diag(D H Dᵀ) [E, N] of the solve's
+    error D, of plain rounding's, and of W itself."""
+
+    codes: Tensor
+    scales: Scales
+    cost: Tensor
+    rtn_cost: Tensor
+    size: Tensor
 
 
-def inverse_factor(hessian: Tensor, damp_percent: float) -> tuple[Tensor, list[float], list[bool]]:
-    """Upper triangular U [E, K, K] with H⁻¹ = Uᵀ U for the damped H [E, K, K], the dampings used, and which failed.
+@dataclass
+class _Problem:
+    """What the rows of a stack share. Columns are solved from the last to the first, hence `order` ascends."""
 
-    With J the reversal, J H J = L Lᵀ gives H = R Rᵀ for the upper triangular R = J L J, hence U = R⁻¹:
-    one factorisation and one triangular inverse instead of two factorisations and a full inverse. Where no
-    damping helped U is the identity, which spreads no errors.
-    """
-    factor = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device).repeat(
-        len(hessian), 1, 1
-    )
-    means = torch.diagonal(hessian, dim1=1, dim2=2).mean(-1)
-    dampings, open_ = [0.0] * len(hessian), list(range(len(hessian)))
-    damping = damp_percent
-    for _ in range(DAMPING_STEPS):
-        damped = hessian[open_].flip(1, 2)
-        damped.diagonal(dim1=1, dim2=2).add_(damping * means[open_, None])
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        good = ((failed == 0) & torch.isfinite(lower).all(-1).all(-1)).tolist()
-        solved = [index for index, fine in zip(open_, good, strict=True) if fine]
-        if solved:
-            identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-            inverse = torch.linalg.solve_triangular(lower[good], identity, upper=False)
-            factor[solved] = inverse.flip(1, 2)
-        for index in open_:
-            dampings[index] = damping
-        open_ = [index for index, fine in zip(open_, good, strict=True) if not fine]
-        if not open_:
-            break
-        damping *= 10
-    return factor, dampings, [index in open_ for index in range(len(hessian))]
+    grid: AffineGrid
+    importance: Tensor  # [E, K], in stored order
+    order: Tensor  # [E, K]: the stored column at each place
+    factor: Factor
+    desc_act: bool
+
+    @property
+    def stored_groups(self) -> Tensor:
+        """The group of the column at each place [E, K], groups in stored order."""
+        return self.order // self.grid.columns_per_group(self.order.shape[1])
+
+    @property
+    def groups(self) -> Tensor:
+        """The group of the column at each place [E, K]."""
+        if not self.desc_act:
+            return self.stored_groups
+        k = self.order.shape[1]
+        place = torch.arange(k - 1, -1, -1, device=self.order.device)
+        return (place // self.grid.columns_per_group(k)).expand_as(self.order)
+
+    def group_index(self) -> Tensor | None:
+        """The group of each stored column [E, K], where it is not in order."""
+        return torch.empty_like(self.order).scatter_(1, self.order, self.groups) if self.desc_act else None
+
+    def solve(self, weights: Tensor) -> _Rows:
+        """Quantize rows [E, N, K]."""
+        w = _select(weights.mT, self.order)  # [E, K, N]
+        if self.desc_act:
+            scales = self._fit(w.flip(1).mT, self.importance.gather(1, self.order.flip(1)))
+        else:
+            scales = self._fit(weights, self.importance)
+        found, cost = _compensate(w, self.factor, self.grid, _Columns(scales, self.groups))
+        places = torch.empty_like(self.order).scatter_(
+            1, self.order, torch.arange(self.order.shape[1], device=w.device).expand_as(self.order)
+        )
+        plain = _Columns(self._fit(weights), self.stored_groups)
+        return _Rows(
+            codes=_select(found, places).mT.contiguous(),
+            scales=scales,
+            cost=cost,
+            rtn_cost=output_error(_rounding_error(w, self.grid, plain), self.factor),
+            size=output_error(w, self.factor),
+        )
+
+    def _fit(self, weights: Tensor, importance: Tensor | None = None) -> Scales:
+        """Scales [E, N, G] for weights [E, N, K] and importance [E, K]."""
+        found = [
+            self.grid.fit(rows, None if importance is None else importance[e])
+            for e, rows in enumerate(weights)
+        ]
+        return Scales(torch.stack([s.scale for s in found]), torch.stack([s.offset for s in found]))
 
 
-def _compensate(w: Tensor, factor: Tensor, grid: AffineGrid, columns: Scales) -> Tensor:
-    """Codes uint8 [E, K, N] of weights w [E, K, N] (overwritten), column scales [E, K, N], factor U [E, K, K].
+class _Columns:
+    """Scales by column, columns first: a few at a time, since all of them are as large as the weights."""
 
-    Errors are spread column by column within a few columns, then at once within a block, then into the rest.
+    def __init__(self, scales: Scales, groups: Tensor) -> None:
+        self._scale, self._offset = scales.scale.mT.contiguous(), scales.offset.mT.contiguous()  # [E, G, N]
+        self._groups = groups
+
+    def __getitem__(self, columns: slice) -> Scales:
+        """The scales of some columns, each [E, M, N]."""
+        index = self._groups[:, columns]
+        return Scales(_select(self._scale, index), _select(self._offset, index))
+
+
+def _select(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of x [E, A, B] by index [E, M], each problem by its own: [E, M, B]."""
+    if len(x) == 1:
+        return x[0].index_select(0, index[0])[None]
+    return torch.stack([part.index_select(0, mine) for part, mine in zip(x, index, strict=True)])
+
+
+def _blocks(k: int) -> list[slice]:
+    """All columns in blocks, from the last to the first."""
+    return [slice(max(0, stop - BLOCK), stop) for stop in range(k, 0, -BLOCK)]
+
+
+def _compensate(w: Tensor, factor: Factor, grid: AffineGrid, columns: _Columns) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [E, K, N] of weights w [E, K, N], and what rounding to them costs: diag(D H Dᵀ) [E, N].
+
+    Errors are spread into a block from all columns before it, then within the block from a few columns at a time
+    into the others, and among these few from column to column.
     """
     e, k, n = w.shape
     codes = torch.empty_like(w, dtype=torch.uint8)
+    error = torch.empty_like(w)  # W - Q
+    cost = torch.zeros(e, n, dtype=torch.float64, device=w.device)
     few = min(BLOCK, max(8, CACHED // (e * n)))
-    for start in range(0, k, BLOCK):
-        stop = min(start + BLOCK, k)
-        errors = torch.empty_like(w[:, start:stop])
-        for first in range(start, stop, few):
-            last = min(first + few, stop)
-            found = errors[:, first - start : last - start]
-            _round_columns(w, factor, grid, columns, codes, found, first, last)
-            if last < stop:
-                w[:, last:stop].baddbmm_(factor[:, first:last, last:stop].mT, found, alpha=-1)
-        w[:, stop:].baddbmm_(factor[:, start:stop, stop:].mT, errors, alpha=-1)
-    return codes
+    for block in _blocks(k):
+        target = w[:, block].clone()  # what each column would best be decoded to
+        target.baddbmm_(factor.spread[:, block.stop :, block].mT, error[:, block.stop :])
+        scales = columns[block]
+        for stop in range(target.shape[1], 0, -few):
+            some = slice(max(0, stop - few), stop)
+            here = slice(block.start + some.start, block.start + some.stop)
+            spread = factor.spread[:, here, block]
+            _round_columns(
+                target[:, some],
+                Scales(scales.scale[:, some], scales.offset[:, some]),
+                grid,
+                spread[:, :, some],
+                w[:, here],
+                codes[:, here],
+                error[:, here],
+            )
+            target[:, : some.start].baddbmm_(spread[:, :, : some.start].mT, error[:, here])
+        cost += spread_cost(target, factor, block)
+    return codes, factor.undamped(cost, error)
 
 
 def _round_columns(
-    w: Tensor,
-    factor: Tensor,
-    grid: AffineGrid,
-    columns: Scales,
-    codes: Tensor,
-    errors: Tensor,
-    first: int,
-    last: int,
+    target: Tensor, scales: Scales, grid: AffineGrid, spread: Tensor, w: Tensor, codes: Tensor, error: Tensor
 ) -> None:
-    """Round columns first … last of w [E, K, N], spreading each one's error into those after it."""
-    block, local = w[:, first:last], factor[:, first:last, first:last]
-    pivots = torch.diagonal(local, dim1=1, dim2=2)
-    for i in range(last - first):
-        scale, offset = columns.scale[:, first + i], columns.offset[:, first + i]  # [E, N]
-        column = block[:, i]
-        code = grid.round(column, scale, offset)
-        codes[:, first + i] = code
-        error = (column - grid.value(code, scale, offset)) / pivots[:, i, None]
-        errors[:, i] = error
-        if i + 1 < last - first:
-            block[:, i + 1 :].addcmul_(local[:, i, i + 1 :, None], error[:, None], value=-1)
+    """Round the targets of a few columns [E, M, N], the last one first, each one's error spread into those before it.
+
+    Writes `codes` and the `error` against the weights `w`; leaves in `target` what each missed its target by.
+    """
+    for i in range(target.shape[1] - 1, -1, -1):
+        scale, offset = scales.scale[:, i], scales.offset[:, i]  # [E, N]
+        code = grid.round(target[:, i], scale, offset)
+        value = grid.value(code, scale, offset)
+        codes[:, i] = code
+        target[:, i] -= value
+        torch.sub(w[:, i], value, out=error[:, i])
+        if i:
+            target[:, :i].addcmul_(spread[:, i, :i, None], error[:, i, None])
+
+
+def _rounding_error(w: Tensor, grid: AffineGrid, columns: _Columns) -> Tensor:
+    """What w [E, K, N] loses by rounding to nearest, [E, K, N]."""
+    error = torch.empty_like(w)
+    for block in _blocks(w.shape[1]):
+        scales = columns[block]
+        code = grid.round(w[:, block], scales.scale, scales.offset)
+        torch.sub(w[:, block], grid.value(code, scales.scale, scales.offset), out=error[:, block])
+    return error
 
 
 def solve(
@@ -144,53 +223,42 @@ def solve_stack(
     independent) and saves passes. With `desc_act` groups are formed along the act-order and each tensor carries
     its `group_index`. Returns for each of the E problems a solution of each weight.
     """
-    w = torch.cat(weights, dim=1)  # [E, N, K]
     diagonal = torch.diagonal(hessian, dim1=1, dim2=2)
     # Damped as the solve is: an input that calibration never saw may still come alive later.
     importance = diagonal + (damp_percent * diagonal.mean(-1, keepdim=True)).clamp(min=1e-12)  # [E, K]
-    order = torch.argsort(importance, dim=-1, descending=True, stable=True)  # [E, K]
-    factor, dampings, failed = inverse_factor(_reorder(_reorder(hessian, order, 2), order, 1), damp_percent)
+    order = torch.argsort(importance, dim=-1, descending=True, stable=True).flip(-1)  # [E, K]
+    factor = factorise(_select(_select(hessian, order).mT, order), damp_percent)
+    problem = _Problem(grid, importance, order, factor, desc_act)
+    w = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)  # [E, N, K]
+    found = _joined([problem.solve(rows) for rows in w.split(_rows_at_once(w), dim=1)])
+    index = problem.group_index()
 
-    k = w.shape[-1]
-    groups = torch.arange(k, device=order.device).expand_as(order) // grid.columns_per_group(k)
-    if desc_act:
-        groups = torch.empty_like(order).scatter_(1, order, groups)
-        scales = _fit(grid, _reorder(w, order, 2), importance.gather(1, order))
-    else:
-        scales = _fit(grid, w, importance)
-    columns = Scales(_reorder(scales.scale, groups, 2), _reorder(scales.offset, groups, 2))  # [E, N, K]
-    turned = Scales(*(_reorder(x.mT, order, 1) for x in (columns.scale, columns.offset)))
-    found = _compensate(_reorder(w.mT, order, 1), factor, grid, turned)
-    codes = torch.empty_like(found).scatter_(1, order[:, :, None].expand_as(found), found).mT
-
-    error = w - grid.decode(codes, columns)
-    plain = w - grid.plain_rounding(w.flatten(0, 1)).decode().view_as(w)
     solutions: list[list[Solution]] = [[] for _ in w]
     start = 0
     for weight in weights:
         rows = slice(start, start + weight.shape[1])
-        start += weight.shape[1]
-        size = output_error(weight, hessian).clamp(min=1e-30)
-        errors = (output_error(error[:, rows], hessian) / size).tolist()
-        rtn_errors = (output_error(plain[:, rows], hessian) / size).tolist()
+        start = rows.stop
+        size = found.size[:, rows].sum(-1).clamp(min=1e-30)
+        errors = (found.cost[:, rows].sum(-1) / size).tolist()
+        rtn_errors = (found.rtn_cost[:, rows].sum(-1) / size).tolist()
         for e, solved in enumerate(solutions):
-            parts = Scales(scales.scale[e, rows], scales.offset[e, rows])
-            index = groups[e] if desc_act else None
-            tensor = QuantizedTensor(grid, codes[e, rows].contiguous(), parts, index)
-            solved.append(
-                Solution(tensor, errors[e], rtn_errors[e], dampings[e], FALLBACK if failed[e] else "")
-            )
+            scales = Scales(found.scales.scale[e, rows], found.scales.offset[e, rows])
+            tensor = QuantizedTensor(grid, found.codes[e, rows], scales, None if index is None else index[e])
+            fallback = FALLBACK if factor.failed[e] else ""
+            solved.append(Solution(tensor, errors[e], rtn_errors[e], factor.dampings[e], fallback))
     return solutions
 
 
-def _reorder(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """x [E, ., .] with dimension `dim` (1 or 2) indexed by index [E, M], each problem by its own row; contiguous."""
-    return torch.stack([part.index_select(dim - 1, mine) for part, mine in zip(x, index, strict=True)])
+def _rows_at_once(w: Tensor) -> int:
+    return max(1, FLOATS_AT_ONCE // (w.shape[0] * w.shape[2]))
 
 
-def _fit(grid: AffineGrid, w: Tensor, importance: Tensor) -> Scales:
-    """Scales [E, N, G] for weights [E, N, K] and importance [E, K]."""
-    e, n, k = w.shape
-    rows = importance[:, None].expand(e, n, k)
-    scales = grid.fit(w.reshape(e * n, k), rows.reshape(e * n, k))
-    return Scales(scales.scale.view(e, n, -1), scales.offset.view(e, n, -1))
+def _joined(parts: list[_Rows]) -> _Rows:
+    """The same for all rows."""
+
+    def join(of: Callable[[_Rows], Tensor]) -> Tensor:
+        return torch.cat([of(part) for part in parts], dim=1)
+
+    scales = Scales(join(lambda part: part.scales.scale), join(lambda part: part.scales.offset))
+    costs = (join(lambda part: part.cost), join(lambda part: part.rtn_cost), join(lambda part: part.size))
+    return _Rows(join(lambda part: part.codes), scales, *costs)

@@ -8,7 +8,9 @@ import torch
 
 from qwen_quant.grids import Q4_0, Q4_1, Q8_0, IntGrid
 from qwen_quant.grids.base import AffineGrid
-from qwen_quant.quantize.gptq import inverse_factor, output_error, solve, solve_stack
+from qwen_quant.quantize import gptq
+from qwen_quant.quantize.factor import factorise, output_error
+from qwen_quant.quantize.gptq import solve, solve_stack
 
 GRIDS = [
     IntGrid(4, 32),
@@ -62,15 +64,20 @@ def test_equals_the_textbook(grid: AffineGrid) -> None:
     assert solution.error < solution.rtn_error
 
 
-def test_inverse_factor_is_the_cholesky_factor_of_the_inverse() -> None:
+def test_factor_is_the_cholesky_factor_of_the_damped_hessian() -> None:
     _, hessian = problem()
-    [factor], [damping], [failed] = inverse_factor(hessian[None], 0.01)
-    assert not failed and damping == 0.01
+    factor = factorise(hessian[None], 0.01)
+    assert factor.failed == [False] and factor.dampings == [0.01]
+    lower = factor.spread[0].double() * factor.pivots[0]
+    assert torch.equal(lower, lower.tril()) and torch.all(factor.spread[0].diagonal() == 1)
     damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
-    assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(
-        factor.double().T @ factor.double(), torch.linalg.inv(damped), rtol=1e-3, atol=1e-4
-    )
+    torch.testing.assert_close(lower @ lower.T, damped, rtol=1e-4, atol=1e-4)
+
+
+def test_output_error_is_that_of_the_hessian_without_damping() -> None:
+    w, hessian = problem(n=5, k=300)
+    found = output_error(w.T[None].contiguous(), factorise(hessian[None], 0.1))[0]
+    torch.testing.assert_close(found, torch.diagonal(w @ hessian @ w.T).double(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: g.name)
@@ -79,9 +86,11 @@ def test_beats_round_to_nearest(grid: AffineGrid) -> None:
     [solution] = solve([w], hessian, grid)
     assert solution.error < solution.rtn_error
     difference = w - solution.tensor.decode()
-    assert solution.error == pytest.approx(
-        float(output_error(difference[None], hessian[None]) / output_error(w[None], hessian[None]))
-    )
+    expected = torch.trace(difference @ hessian @ difference.T) / torch.trace(w @ hessian @ w.T)
+    assert solution.error == pytest.approx(float(expected), rel=1e-3)
+    plain = w - grid.plain_rounding(w).decode()
+    expected = torch.trace(plain @ hessian @ plain.T) / torch.trace(w @ hessian @ w.T)
+    assert solution.rtn_error == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_stacking_changes_nothing() -> None:
@@ -92,6 +101,21 @@ def test_stacking_changes_nothing() -> None:
         [alone] = solve([weight], hessian, IntGrid(4, 32))
         assert (alone.tensor.codes != solution.tensor.codes).float().mean() < 0.01
         assert alone.error == pytest.approx(solution.error, rel=0.02)
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_rows_are_solved_in_parts(desc_act: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, hessian = problem(n=50, seed=1)
+    second = problem(n=20, seed=2)[0]
+    whole = solve([first, second], hessian, IntGrid(4, 32), desc_act=desc_act)
+    monkeypatch.setattr(gptq, "FLOATS_AT_ONCE", 16 * 128)
+    for one, other in zip(
+        whole, solve([first, second], hessian, IntGrid(4, 32), desc_act=desc_act), strict=True
+    ):
+        assert (one.tensor.codes != other.tensor.codes).float().mean() < 0.01
+        torch.testing.assert_close(one.tensor.scales.scale, other.tensor.scales.scale)
+        assert one.error == pytest.approx(other.error, rel=0.02)
+        assert one.rtn_error == pytest.approx(other.rtn_error, rel=1e-4)
 
 
 @pytest.mark.parametrize("desc_act", [False, True])
