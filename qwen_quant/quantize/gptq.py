@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales
 from qwen_quant.quantize.factor import Factor, factorise, output_error, spread_cost
+from qwen_quant.quantize.parallel import each_on_its_thread
 
 BLOCK = 128  # columns that the errors of all columns before them are spread into at once
 # Weights that one column's error is spread into at once: they stay in the second-level cache.
@@ -219,9 +220,26 @@ def solve_stack(
 ) -> list[list[Solution]]:
     """Quantize E times the weights [E, N_i, K] that share an input with second moments `hessian` [E, K, K].
 
+    On a CPU each thread takes a part of the stack. With `desc_act` groups are formed along the act-order and each
+    tensor carries its `group_index`. Returns for each of the E problems a solution of each weight.
+    """
+
+    def solve_part(part: slice) -> list[list[Solution]]:
+        return _solve_stack([w[part] for w in weights], hessian[part], grid, damp_percent, desc_act)
+
+    e = len(hessian)
+    step = -(-e // torch.get_num_threads()) if hessian.device.type == "cpu" else e
+    parts = [slice(start, start + step) for start in range(0, e, step)]
+    return [solution for found in each_on_its_thread(solve_part, parts) for solution in found]
+
+
+def _solve_stack(
+    weights: list[Tensor], hessian: Tensor, grid: AffineGrid, damp_percent: float, desc_act: bool
+) -> list[list[Solution]]:
+    """`solve_stack` on this thread.
+
     Weights that share an input are put together along N, which changes nothing in the result (rows are
-    independent) and saves passes. With `desc_act` groups are formed along the act-order and each tensor carries
-    its `group_index`. Returns for each of the E problems a solution of each weight.
+    independent) and saves passes.
     """
     diagonal = torch.diagonal(hessian, dim1=1, dim2=2)
     # Damped as the solve is: an input that calibration never saw may still come alive later.
