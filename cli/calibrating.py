@@ -166,6 +166,12 @@ def _share(reports: list[LinearReport]) -> str:
     return f"{mean:.3f}{'!' if any(r.fallback for r in reports) else ''}"
 
 
+def announce(notes: list[str]) -> None:
+    """What an exporter has to say before the work begins, on standard error."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
 def print_notes(layers: list[QuantizedLayer], unquantized: dict[str, str]) -> None:
     """Fallbacks by name, experts that saw few tokens, and what stays in full precision, grouped by reason, on
     standard error."""

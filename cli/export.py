@@ -67,13 +67,16 @@ def run(options: ExportOptions) -> None:
 
     from qwen_quant.checkpoint import Checkpoint
     from qwen_quant.errors import UsageError
-    from qwen_quant.exporters.gguf import check_type, export_gguf, grid_choice
+    from qwen_quant.exporters.gguf import check_type, export_gguf, grid_choice, notes
     from qwen_quant.grids.gguf import GRIDS
 
     if options.format != "gguf":
         raise UsageError(f"--format {options.format}: not supported; choose gguf")
     began = time.monotonic()
     checkpoint = Checkpoint.open(options.model)
+    remarks = notes(checkpoint)
+    if not options.json:
+        calibrating.announce(remarks)
     file_type = options.type if options.type is None else check_type(options.type.upper())
     with calibrating.layer_store(options.output, options.resume) as store:
         layers, record = None, None
@@ -97,7 +100,7 @@ def run(options: ExportOptions) -> None:
         from qwen_quant.cli.output import print_json
 
         fields = calibrating.result_fields(options.output, written, record, seconds)
-        print_json({**fields, "types": written.types})
+        print_json({**fields, "types": written.types, "notes": remarks})
         return
     from rich.console import Console
 

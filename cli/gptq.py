@@ -77,7 +77,7 @@ def run(options: GPTQOptions) -> None:
     import time
 
     from qwen_quant.checkpoint import Checkpoint
-    from qwen_quant.exporters.gptq import export_gptq
+    from qwen_quant.exporters.gptq import export_gptq, notes
     from qwen_quant.grids.gptq import IntGrid
     from qwen_quant.quantize.recipe import linear_grid
 
@@ -86,6 +86,9 @@ def run(options: GPTQOptions) -> None:
     recipe = calibrating.recipe_of(options, options.desc_act)
     limit = parse_size(options.max_shard_size)
     checkpoint = Checkpoint.open(options.model)
+    remarks = notes(checkpoint, grid)
+    if not options.json:
+        calibrating.announce(remarks)
     with calibrating.layer_store(options.output, options.resume) as store:
         layers, record = calibrating.quantized_layers(checkpoint, linear_grid(grid), recipe, store)
         written = export_gptq(
@@ -105,7 +108,7 @@ def run(options: GPTQOptions) -> None:
         from qwen_quant.cli.output import print_json
 
         fields = calibrating.result_fields(options.output, written, record, seconds)
-        print_json({**fields, "grid": grid.name})
+        print_json({**fields, "grid": grid.name, "notes": remarks})
         return
     from rich.console import Console
 

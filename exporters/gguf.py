@@ -16,7 +16,7 @@ import numpy as np
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError
-from qwen_quant.exporters.gguf_metadata import add_metadata, architecture, check_expressible
+from qwen_quant.exporters.gguf_metadata import add_metadata, architecture, check_expressible, exact_context
 from qwen_quant.exporters.gguf_tensors import (
     Choice,
     check_type,
@@ -34,7 +34,7 @@ from qwen_quant.grids.gguf import GRIDS, gguf_grid
 from qwen_quant.progress import progress
 from qwen_quant.tokenizer import Tokenizer
 
-__all__ = ["Written", "export_gguf", "grid_choice", "native_type"]
+__all__ = ["Written", "export_gguf", "grid_choice", "native_type", "notes"]
 
 
 class Layer(Protocol):
@@ -104,6 +104,17 @@ def export_gguf(
             writer.close()
         written.bytes = path.stat().st_size
     return written
+
+
+def notes(checkpoint: Checkpoint) -> list[str]:
+    """What a user should know about the file before it is written."""
+    spec = checkpoint.spec
+    if exact_context(spec) == spec.context_length:
+        return []
+    return [
+        f"context_length is {exact_context(spec)} instead of {spec.context_length}: beyond that the model needs "
+        "dual chunk attention, which GGUF readers do not have"
+    ]
 
 
 def _write_header(writer: gguf.GGUFWriter, choices: Iterable[Choice]) -> None:

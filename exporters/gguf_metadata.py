@@ -77,9 +77,15 @@ def _model_name(checkpoint: Checkpoint) -> str:
     return name or checkpoint.folder.resolve().name
 
 
+def exact_context(spec: ModelSpec) -> int:
+    """The context length to write: as far as plain attention, all that GGUF readers know, is the model's own."""
+    longest = spec.context_length
+    return longest if spec.dual_chunk is None else min(longest, spec.dual_chunk.exact_length)
+
+
 def _add_architecture(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     writer.add_block_count(spec.num_hidden_layers)
-    writer.add_context_length(spec.context_length)
+    writer.add_context_length(exact_context(spec))
     writer.add_embedding_length(spec.hidden_size)
     writer.add_feed_forward_length(spec.intermediate_size)
     writer.add_head_count(spec.num_attention_heads)

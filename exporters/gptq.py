@@ -16,7 +16,7 @@ from qwen_quant import __version__
 from qwen_quant.checkpoint import INDEX, SINGLE, Checkpoint
 from qwen_quant.errors import FormatError
 from qwen_quant.files import atomic_folder
-from qwen_quant.grids.gptq import GPTQ_FORMATS, IntGrid, pack
+from qwen_quant.grids.gptq import GPTQ_FORMATS, GROUP_SIZES, IntGrid, pack
 from qwen_quant.quantize.layer import QuantizedLayer
 from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.safetensors import Planned, SafetensorsWriter
@@ -75,7 +75,7 @@ def export_gptq(
     `tied_head` is False, because auto-gptq leaves it uninitialised otherwise. Raises FormatError when a shape
     cannot be packed, OutputError when `output` cannot be written.
     """
-    check_packable(checkpoint, grid)
+    check_packable(checkpoint)
     planned = list(_plan(checkpoint, grid, tied_head))
     shards = _shards(planned, max_shard_bytes)
     written = Written()
@@ -117,7 +117,7 @@ def quantized_modules(checkpoint: Checkpoint) -> list[list[str]]:
     return [list(modules) for modules in stages.values()]
 
 
-def check_packable(checkpoint: Checkpoint, grid: IntGrid) -> None:
+def check_packable(checkpoint: Checkpoint) -> None:
     """Raise FormatError for a linear whose sizes the packing cannot hold: K and N must be multiples of 32."""
     for info in checkpoint.spec.tensors():
         if info.role == "linear" and (info.shape[0] % 32 or info.shape[1] % 32):
@@ -125,11 +125,29 @@ def check_packable(checkpoint: Checkpoint, grid: IntGrid) -> None:
                 f"{checkpoint.folder}: {info.name} is {list(info.shape)}; GPTQ packing needs multiples of 32, "
                 "export to GGUF instead"
             )
+
+
+def notes(checkpoint: Checkpoint, grid: IntGrid) -> list[str]:
+    """What a user should know about the checkpoint before it is made: the tensors whose last group is short.
+
+    Raises FormatError when a shape cannot be packed.
+    """
+    check_packable(checkpoint)
+    short: dict[int, list[str]] = {}
+    for info in checkpoint.spec.tensors():
         if info.role == "linear" and grid.group_size > 0 and info.shape[1] % grid.group_size:
-            raise FormatError(
-                f"{checkpoint.folder}: {info.name} has {info.shape[1]} inputs, not a multiple of group size "
-                f"{grid.group_size}; readers reject a short last group, choose --group-size 32 or -1"
-            )
+            short.setdefault(info.shape[1], []).append(info.name)
+    return [
+        f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}: {k} inputs, so the last group has "
+        f"{k % grid.group_size} instead of {grid.group_size} columns; GPTQModel reads that (backends torch and "
+        f"triton), vLLM, ExLlama and Marlin do not: --group-size {_whole_group(k, grid.group_size)} divides"
+        for k, names in short.items()
+    ]
+
+
+def _whole_group(k: int, below: int) -> int:
+    """The largest group size under `below` that divides `k`, a multiple of 32."""
+    return max(size for size in GROUP_SIZES if 0 < size < below and k % size == 0)
 
 
 def _stem(info: TensorInfo) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_quant.config import ConfigReader
+from qwen_quant.dual_chunk import DualChunk, read_dual_chunk
 from qwen_quant.errors import ConfigError
 from qwen_quant.moe import PROJECTIONS, MoESpec, expert_name, read_moe
 from qwen_quant.rope import RopeScaling, read_rope
@@ -61,6 +62,7 @@ class ModelSpec:
     output_bias: bool
     qk_norm: bool
     rope_scaling: RopeScaling | None = None
+    dual_chunk: DualChunk | None = None
     sliding_window: int | None = None  # positions that `sliding_layers` attend to, the token's own included
     sliding_layers: tuple[int, ...] = ()
     moe: MoESpec | None = None
@@ -136,6 +138,7 @@ class ModelSpec:
             output_bias=attention_bias,
             qk_norm=qwen3,
             rope_scaling=rope_scaling,
+            dual_chunk=read_dual_chunk(get, rope_scaling is not None, window is not None),
             sliding_window=window,
             sliding_layers=sliding_layers,
             moe=read_moe(get, layers, shared=not qwen3) if sparse else None,

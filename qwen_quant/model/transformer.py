@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen_quant.model import dual_chunk
 from qwen_quant.moe import MoESpec
 from qwen_quant.spec import ModelSpec
 
@@ -38,11 +39,17 @@ class Rotary(nn.Module):
         super().__init__()
         self.register_buffer("inv_freq", inverse_frequencies(spec), persistent=False)  # [head_dim / 2]
         self.scale = 1.0 if spec.rope_scaling is None else spec.rope_scaling.attention_factor
+        self.dual_chunk = spec.dual_chunk
 
     def forward(self, start: int, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin for positions start … start + length - 1, each [length, head_dim], FP32."""
+        """cos and sin for positions start … start + length - 1, each [length, head_dim], FP32.
+
+        With dual chunk attention each [3, length, head_dim]: see dual_chunk.query_positions.
+        """
         positions = torch.arange(start, start + length, device=self.inv_freq.device, dtype=torch.float32)
-        angles = torch.outer(positions, self.inv_freq)
+        if self.dual_chunk is not None:
+            positions = dual_chunk.query_positions(self.dual_chunk, positions)
+        angles = positions[..., None] * self.inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos() * self.scale, angles.sin() * self.scale
 
@@ -118,11 +125,16 @@ class Attention(nn.Module):
         values = self._heads(self.v_proj(x), spec.num_key_value_heads).transpose(1, 2)
         if spec.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries = rotate(queries.transpose(1, 2), table)
-        keys = rotate(keys.transpose(1, 2), table)
+        queries, dual = queries.transpose(1, 2), spec.dual_chunk
+        near = table if dual is None else (table[0][0], table[1][0])
+        keys = rotate(keys.transpose(1, 2), near)
         if cache is not None:
             keys, values = cache.append(keys, values)
         new, total = queries.shape[2], keys.shape[2]
+        if dual is not None and total > min(dual.chunk_len, dual.exact_length):
+            turned = rotate(queries, (table[0][:, None, None], table[1][:, None, None]))
+            return dual_chunk.attend(dual, turned, keys, values).transpose(1, 2).flatten(2)
+        queries = rotate(queries, near)
         mask = None
         windowed = self.window is not None and self.window < total
         if windowed or 1 < new < total:  # row i is position total - new + i and sees what lies up to it

@@ -13,15 +13,18 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 from gguf.quants import dequantize
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import CheckpointError, FormatError, OutputError, UsageError
-from qwen_quant.exporters.gguf import export_gguf, grid_choice
+from qwen_quant.exporters.gguf import export_gguf, grid_choice, notes
 from qwen_quant.exporters.gguf_tensors import gguf_name, pack_tensor
 from qwen_quant.grids.base import QuantizedTensor
 from qwen_quant.grids.gguf import gguf_grid
 from qwen_quant.grids.gptq import IntGrid, pack
+from qwen_quant.model import load_model
+from qwen_quant.runtime.session import Session
 from qwen_quant.safetensors import Planned, SafetensorsFile, SafetensorsWriter, f32_to_bf16
 from qwen_quant.tokenizer import Tokenizer
 
@@ -192,7 +195,7 @@ def test_layers_are_written_as_they_come(make_model: MakeModel, tmp_path: Path) 
 def test_gptq_integers_are_repacked(
     make_model: MakeModel, tmp_path: Path, bits: int, group: int, sym: bool, file_type: str
 ) -> None:
-    folder = make_model(hidden_size=128, intermediate_size=256, num_attention_heads=4)
+    folder = make_model(hidden_size=128, intermediate_size=160, num_attention_heads=4)  # a short last group
     kept = "model.layers.1.mlp.up_proj.weight"
     tensors = make_gptq(folder, IntGrid(bits, group, sym), keep=kept)
     checkpoint = Checkpoint(folder)
@@ -358,6 +361,31 @@ def test_a_window_as_wide_as_the_context_is_none(make_model: MakeModel, tmp_path
     folder = make_model(use_sliding_window=True, sliding_window=512, max_window_layers=0)
     export_gguf(Checkpoint(folder), tmp_path / "m.gguf", "F16")
     assert not any("sliding" in key for key in gguf.GGUFReader(tmp_path / "m.gguf").fields)
+
+
+@pytest.mark.parametrize(
+    ("setting", "exact"),
+    [
+        ({"chunk_size": 64, "local_size": 16}, 65),
+        ({"chunk_size": 64, "local_size": 16, "original_max_position_embeddings": 50}, 50),
+        ({"chunk_size": 64, "local_size": 40}, 48),
+        ({"chunk_size": 1000, "local_size": 10}, 512),
+    ],
+)
+def test_the_context_ends_where_dual_chunk_attention_begins_to_matter(
+    make_model: MakeModel, tmp_path: Path, setting: dict[str, int], exact: int
+) -> None:
+    """The engine agrees with the reference model up to there, and takes no longer text."""
+    checkpoint = Checkpoint(make_model(dual_chunk_attention_config=setting))
+    export_gguf(checkpoint, tmp_path / "m.gguf", "F32")
+    session = Session.open(tmp_path / "m.gguf")
+    assert session.n_ctx == exact
+    assert [f"context_length is {exact} instead of 512" in note for note in notes(checkpoint)] == (
+        [True] if exact < 512 else []
+    )
+    tokens = np.random.default_rng(1).integers(0, VOCAB, min(exact, 65)).astype(np.int32)
+    expected = load_model(checkpoint)(torch.from_numpy(tokens)[None].long())[0].numpy()
+    assert np.abs(session.logits(tokens) - expected).max() < 0.02  # the engine's cache is FP16
 
 
 def test_outer_types_can_be_chosen(make_model: MakeModel, tmp_path: Path) -> None:

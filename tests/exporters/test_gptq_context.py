@@ -20,6 +20,8 @@ from qwen_quant.quantize.stream import gptq_layers
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "head_dim": None}
 WINDOW = {**QWEN2, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
+# Two chunk borders lie in the windows of 64 tokens.
+CHUNKS = {"chunk_size": 32, "local_size": 8, "original_max_position_embeddings": 48}
 
 
 @pytest.mark.parametrize(
@@ -28,8 +30,9 @@ WINDOW = {**QWEN2, "use_sliding_window": True, "sliding_window": 16, "max_window
         {"rope_parameters": {**YARN, "rope_theta": 5e5}, "rope_theta": None},
         {"rope_scaling": YARN, "rope_theta": 5e5},
         {**WINDOW, "rope_theta": 5e5},
+        {**QWEN2, "dual_chunk_attention_config": CHUNKS, "rope_theta": 5e5},
     ],
-    ids=["transformers 5", "older", "window"],
+    ids=["transformers 5", "older", "window", "dual chunk"],
 )
 def test_the_setting_survives(
     make_checkpoint: Callable[..., Path], tmp_path: Path, changes: dict[str, Any]
@@ -46,6 +49,8 @@ def test_the_setting_survives(
     assert config.rope_parameters["rope_theta"] == 5e5
     if "sliding_window" in changes:
         assert config.layer_types == ["full_attention", "sliding_attention"]
+    elif "dual_chunk_attention_config" in changes:
+        assert written["dual_chunk_attention_config"] == config.dual_chunk_attention_config == CHUNKS
     else:
         assert written["rope_scaling"] == YARN
         assert {key: config.rope_parameters[key] for key in YARN} == YARN
