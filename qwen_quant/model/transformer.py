@@ -183,11 +183,20 @@ class SparseMLP(nn.Module):
         chosen, weights = self.route(tokens)
         out = torch.zeros_like(tokens)
         for index in chosen.unique().tolist():
-            rows, ranks = torch.where(chosen == index)
+            self.add_expert(out, index, tokens, chosen, weights)
+        self.add_shared(out, tokens)
+        return out.view_as(x)
+
+    def add_expert(self, out: Tensor, index: int, tokens: Tensor, chosen: Tensor, weights: Tensor) -> None:
+        """Add to out [T, hidden] what one expert makes of the tokens [T, hidden] that were routed to it."""
+        rows, ranks = torch.where(chosen == index)
+        if len(rows):
             out.index_add_(0, rows, self.experts[index](tokens[rows]) * weights[rows, ranks, None])
+
+    def add_shared(self, out: Tensor, tokens: Tensor) -> None:
+        """Add to out [T, hidden] what the shared expert makes of all tokens [T, hidden], where there is one."""
         if self.moe.shared_expert_intermediate_size is not None:
             out += torch.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)
-        return out.view_as(x)
 
 
 class DecoderLayer(nn.Module):

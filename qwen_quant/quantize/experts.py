@@ -49,10 +49,10 @@ class ExpertInputs:
         self._parts, self._norm = parts, norm
         hidden_size = parts[0].shape[-1]
         pooled = Calibration(hidden_size, f"{prefix}gate", parts[0].device)
-        self._chosen = []
+        self._routes = []
         for tokens in self._inputs():
             pooled.add(tokens)
-            self._chosen.append(block.route(tokens)[0])  # [T, num_experts_per_tok]
+            self._routes.append(block.route(tokens))  # experts and weights, both [T, num_experts_per_tok]
         self.pooled = pooled.hessian
 
     def _inputs(self) -> Iterator[Tensor]:
@@ -61,7 +61,7 @@ class ExpertInputs:
 
     def _routed(self, experts: range) -> Iterator[tuple[int, Tensor]]:
         """The tokens of `experts`, each time an expert's number and inputs [T, hidden]."""
-        for tokens, chosen in zip(self._inputs(), self._chosen, strict=True):
+        for tokens, (chosen, _) in zip(self._inputs(), self._routes, strict=True):
             for expert in experts:
                 rows = (chosen == expert).any(-1)
                 if rows.any():
@@ -85,6 +85,12 @@ class ExpertInputs:
         for expert, tokens in self._routed(experts):
             found[expert - experts.start].add(self._expert(expert).gated(tokens))
         return found
+
+    def add_outputs(self, experts: range, outputs: Sequence[Tensor]) -> None:
+        """Add to `outputs`, shaped as the parts, what `experts` make of the tokens that are routed to them."""
+        for tokens, route, out in zip(self._inputs(), self._routes, outputs, strict=True):
+            for expert in experts:
+                self.block.add_expert(out.flatten(0, -2), expert, tokens, *route)
 
     def pooled_gated(self, expert: int) -> Tensor:
         """What down_proj of `expert` would read from the layer's first tokens, routed to it or not [K, K].
