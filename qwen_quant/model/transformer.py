@@ -183,15 +183,14 @@ class SparseMLP(nn.Module):
         chosen, weights = self.route(tokens)
         out = torch.zeros_like(tokens)
         for index in chosen.unique().tolist():
-            self.add_expert(out, index, tokens, chosen, weights)
+            rows, ranks = torch.where(chosen == index)
+            self.add_expert(out, index, tokens[rows], rows, weights[rows, ranks])
         self.add_shared(out, tokens)
         return out.view_as(x)
 
-    def add_expert(self, out: Tensor, index: int, tokens: Tensor, chosen: Tensor, weights: Tensor) -> None:
-        """Add to out [T, hidden] what one expert makes of the tokens [T, hidden] that were routed to it."""
-        rows, ranks = torch.where(chosen == index)
-        if len(rows):
-            out.index_add_(0, rows, self.experts[index](tokens[rows]) * weights[rows, ranks, None])
+    def add_expert(self, out: Tensor, index: int, x: Tensor, rows: Tensor, weights: Tensor) -> None:
+        """Add to `rows` of out [T, hidden] what an expert makes of x [rows, hidden], times `weights` [rows]."""
+        out.index_add_(0, rows, self.experts[index](x) * weights[:, None])
 
     def add_shared(self, out: Tensor, tokens: Tensor) -> None:
         """Add to out [T, hidden] what the shared expert makes of all tokens [T, hidden], where there is one."""

@@ -33,6 +33,12 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def require_full_precision(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a checkpoint that calibration cannot begin with."""
+    if checkpoint.quantization is not None:
+        raise CheckpointError(f"{checkpoint.folder}: is quantized already; start from the BF16 checkpoint")
+
+
 def plain_layers(checkpoint: Checkpoint, grids: GridChoice) -> Iterator[QuantizedLayer]:
     """Round every chosen tensor of every decoder layer to nearest; no calibration, no model."""
     spec = checkpoint.spec
@@ -65,8 +71,7 @@ def gptq_layers(
     """
     spec = checkpoint.spec
     device = pick_device(recipe.device)
-    if checkpoint.quantization is not None:
-        raise CheckpointError(f"{checkpoint.folder}: is quantized already; start from the BF16 checkpoint")
+    require_full_precision(checkpoint)
     hidden = _embed(checkpoint, windows).to(device)  # [samples, seq, hidden]
     table = Rotary(spec).to(device)(0, windows.shape[1])
 
