@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """The options of calibration, parsed, which `gptq` and `export` share."""
+    """The options of calibration and of planning, parsed, which `gptq` and `export` share."""
 
     dataset: str
     num_samples: int
@@ -32,6 +32,8 @@ class CalibrationOptions:
     device: str
     no_calibration: bool
     resume: bool
+    dry_run: bool
+    max_ram: str | None
 
 
 def recipe_of(options: CalibrationOptions, desc_act: bool = False) -> Recipe:
@@ -73,7 +75,11 @@ def layer_store(output: Path, resume: bool) -> Iterator[LayerStore]:
 
 
 def quantized_layers(
-    checkpoint: Checkpoint, grids: GridChoice, recipe: Recipe, store: LayerStore | None = None
+    checkpoint: Checkpoint,
+    grids: GridChoice,
+    recipe: Recipe,
+    store: LayerStore | None = None,
+    keep_contexts: bool = True,
 ) -> tuple[Iterator[QuantizedLayer], dict[str, Any]]:
     """The stream of quantized layers, not yet started, and the record that goes into the artifact."""
     from qwen_quant import calib_data
@@ -86,7 +92,7 @@ def quantized_layers(
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     windows = calib_data.sample(documents, tokenizer, recipe.num_samples, recipe.seq_len, recipe.seed)
     record = recipe.record(calib_data.fingerprint(documents)) | {"num_samples": len(windows)}
-    return gptq_layers(checkpoint, grids, windows, recipe, store), record
+    return gptq_layers(checkpoint, grids, windows, recipe, store, keep_contexts), record
 
 
 def peak_rss_mb() -> float:
@@ -111,6 +117,7 @@ def result_fields(
         "output": str(output),
         "bytes": written.bytes,
         "layers": _layer_fields(written.layers),
+        "layer_seconds": [{"seconds": layer.seconds, **layer.parts} for layer in written.layers],
         "unquantized": written.unquantized,
         "recipe": record,
         "seconds": seconds,

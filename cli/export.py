@@ -55,6 +55,8 @@ def command(
     device: options.Device = "cpu",
     no_calibration: options.NoCalibration = False,
     resume: options.Resume = False,
+    dry_run: options.DryRun = False,
+    max_ram: options.MaxRam = None,
     json: options.Json = False,
 ) -> None:
     """Write a checkpoint as GGUF, by GPTQ where it is not quantized."""
@@ -66,23 +68,34 @@ def run(options: ExportOptions) -> None:
     import time
 
     from qwen_quant.checkpoint import Checkpoint
+    from qwen_quant.cli import planning
     from qwen_quant.errors import UsageError
-    from qwen_quant.exporters.gguf import check_type, export_gguf, grid_choice, notes
-    from qwen_quant.grids.gguf import GRIDS
+    from qwen_quant.exporters.gguf import check_type, export_gguf, grid_choice, notes, stored_tensors
+    from qwen_quant.grids.gguf import GRIDS, gguf_grid
 
     if options.format != "gguf":
         raise UsageError(f"--format {options.format}: not supported; choose gguf")
     began = time.monotonic()
+    max_ram = planning.parse_ram(options.max_ram)
     checkpoint = Checkpoint.open(options.model)
     remarks = notes(checkpoint)
     if not options.json:
         calibrating.announce(remarks)
     file_type = options.type if options.type is None else check_type(options.type.upper())
+    solving = checkpoint.quantization is None and file_type in GRIDS
+    outer_types = (options.token_embedding_type, options.output_tensor_type)
+    recipe = calibrating.recipe_of(options) if solving else None
+    plan = planning.make_plan(
+        checkpoint, stored_tensors(checkpoint, file_type, *outer_types), recipe, max_ram
+    )
+    if options.dry_run:
+        planning.report(plan, options, gguf_grid(file_type) if file_type in GRIDS else None, recipe)
+        return
     with calibrating.layer_store(options.output, options.resume) as store:
         layers, record = None, None
-        if checkpoint.quantization is None and file_type in GRIDS:
+        if recipe is not None and file_type is not None:
             layers, record = calibrating.quantized_layers(
-                checkpoint, grid_choice(file_type), calibrating.recipe_of(options), store
+                checkpoint, grid_choice(file_type), recipe, store, plan.keep_contexts
             )
         elif checkpoint.quantization is not None:
             record = _stored_record(checkpoint.quantization.raw)
@@ -92,8 +105,8 @@ def run(options: ExportOptions) -> None:
             file_type,
             layers=layers,
             record=record,
-            token_embedding_type=options.token_embedding_type,
-            output_tensor_type=options.output_tensor_type,
+            token_embedding_type=outer_types[0],
+            output_tensor_type=outer_types[1],
         )
     seconds = time.monotonic() - began
     if options.json:

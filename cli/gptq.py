@@ -52,6 +52,8 @@ def command(
     device: options.Device = "cpu",
     no_calibration: options.NoCalibration = False,
     resume: options.Resume = False,
+    dry_run: options.DryRun = False,
+    max_ram: options.MaxRam = None,
     checkpoint_format: Annotated[
         str, typer.Option("--checkpoint-format", help="How zero points are stored: gptq or gptq_v2.")
     ] = "gptq",
@@ -77,7 +79,8 @@ def run(options: GPTQOptions) -> None:
     import time
 
     from qwen_quant.checkpoint import Checkpoint
-    from qwen_quant.exporters.gptq import export_gptq, notes
+    from qwen_quant.cli import planning
+    from qwen_quant.exporters.gptq import export_gptq, notes, stored_tensors
     from qwen_quant.grids.gptq import IntGrid
     from qwen_quant.quantize.recipe import linear_grid
 
@@ -85,12 +88,20 @@ def run(options: GPTQOptions) -> None:
     grid = IntGrid(options.bits, options.group_size, options.sym)
     recipe = calibrating.recipe_of(options, options.desc_act)
     limit = parse_size(options.max_shard_size)
+    max_ram = planning.parse_ram(options.max_ram)
     checkpoint = Checkpoint.open(options.model)
     remarks = notes(checkpoint, grid)
     if not options.json:
         calibrating.announce(remarks)
+    stored = stored_tensors(checkpoint, grid, options.tied_head)
+    plan = planning.make_plan(checkpoint, stored, recipe, max_ram)
+    if options.dry_run:
+        planning.report(plan, options, grid, recipe)
+        return
     with calibrating.layer_store(options.output, options.resume) as store:
-        layers, record = calibrating.quantized_layers(checkpoint, linear_grid(grid), recipe, store)
+        layers, record = calibrating.quantized_layers(
+            checkpoint, linear_grid(grid), recipe, store, plan.keep_contexts
+        )
         written = export_gptq(
             checkpoint,
             layers,

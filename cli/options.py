@@ -51,3 +51,16 @@ Resume = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print what would be written, with memory and time; write nothing."),
+]
+MaxRam = Annotated[
+    str | None,
+    typer.Option(
+        "--max-ram",
+        metavar="SIZE",
+        show_default=False,
+        help="Refuse at once what would need more memory, like 8G or 500M (powers of ten).",
+    ),
+]

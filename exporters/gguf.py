@@ -32,9 +32,10 @@ from qwen_quant.files import atomic_file
 from qwen_quant.grids.base import QuantizedTensor
 from qwen_quant.grids.gguf import GRIDS, gguf_grid
 from qwen_quant.progress import progress
+from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.tokenizer import Tokenizer
 
-__all__ = ["Written", "export_gguf", "grid_choice", "native_type", "notes"]
+__all__ = ["Written", "export_gguf", "grid_choice", "native_type", "notes", "stored_tensors"]
 
 
 class Layer(Protocol):
@@ -77,17 +78,7 @@ def export_gguf(
     something that GGUF readers do not know, CheckpointError for weights that are missing or not finite,
     OutputError when `output` cannot be written.
     """
-    check_expressible(checkpoint)
-    if file_type is None:
-        file_type = "F16" if checkpoint.quantization is None else native_type(checkpoint)
-    check_type(file_type)
-    for option, chosen in (
-        ("--token-embedding-type", token_embedding_type),
-        ("--output-tensor-type", output_tensor_type),
-    ):
-        if chosen is not None:
-            check_type(chosen, option)
-    choices = choose_types(checkpoint, file_type, token_embedding_type, output_tensor_type)
+    file_type, choices = _choices(checkpoint, file_type, token_embedding_type, output_tensor_type)
     written = Written(types={c.info.name: c.type for c in choices})
     written.unquantized = {c.info.name: c.reason for c in choices if c.reason and c.type not in GRIDS}
     tokenizer = Tokenizer.from_folder(checkpoint.folder) if tokenizer is None else tokenizer
@@ -115,6 +106,38 @@ def notes(checkpoint: Checkpoint) -> list[str]:
         f"context_length is {exact_context(spec)} instead of {spec.context_length}: beyond that the model needs "
         "dual chunk attention, which GGUF readers do not have"
     ]
+
+
+def stored_tensors(
+    checkpoint: Checkpoint,
+    file_type: str | None = None,
+    token_embedding_type: str | None = None,
+    output_tensor_type: str | None = None,
+) -> list[StoredTensor]:
+    """What `export_gguf` would write. Raises as it does."""
+    _, choices = _choices(checkpoint, file_type, token_embedding_type, output_tensor_type)
+    return [choice.planned for choice in choices]
+
+
+def _choices(
+    checkpoint: Checkpoint,
+    file_type: str | None,
+    token_embedding_type: str | None,
+    output_tensor_type: str | None,
+) -> tuple[str, list[Choice]]:
+    """The file's type and that of each tensor."""
+    check_expressible(checkpoint)
+    if file_type is None:
+        file_type = "F16" if checkpoint.quantization is None else native_type(checkpoint)
+    check_type(file_type)
+    for option, chosen in (
+        ("--token-embedding-type", token_embedding_type),
+        ("--output-tensor-type", output_tensor_type),
+    ):
+        if chosen is not None:
+            check_type(chosen, option)
+    choices = choose_types(checkpoint, file_type, token_embedding_type, output_tensor_type)
+    return file_type, choices
 
 
 def _write_header(writer: gguf.GGUFWriter, choices: Iterable[Choice]) -> None:

@@ -13,6 +13,7 @@ from qwen_quant.grids.base import QuantizedTensor, Scales, to_fp16
 from qwen_quant.grids.gguf import BLOCK, GRIDS, BlockGrid, gguf_grid
 from qwen_quant.grids.gptq import IntGrid
 from qwen_quant.quantize.recipe import GridChoice
+from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.safetensors import f32_to_bf16
 from qwen_quant.spec import TensorInfo
 
@@ -76,6 +77,13 @@ class Choice:
     def stored(self) -> tuple[TensorInfo, ...]:
         """The checkpoint's tensors whose bytes follow one another in this one."""
         return self.members or (self.info,)
+
+    @property
+    def planned(self) -> StoredTensor:
+        """The tensor as a plan counts it; a stack of experts by the shape of one."""
+        shape = self.stored[0].shape
+        info = TensorInfo(self.info.name, shape, self.info.role, self.info.layer)
+        return StoredTensor(info, self.type, self.nbytes, self.type in GRIDS, len(self.stored))
 
     @property
     def nbytes(self) -> int:

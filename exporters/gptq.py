@@ -19,6 +19,7 @@ from qwen_quant.files import atomic_folder
 from qwen_quant.grids.gptq import GPTQ_FORMATS, GROUP_SIZES, IntGrid, pack
 from qwen_quant.quantize.layer import QuantizedLayer
 from qwen_quant.quantize.recipe import Recipe
+from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.safetensors import Planned, SafetensorsWriter
 from qwen_quant.spec import TensorInfo
 
@@ -156,19 +157,51 @@ def _stem(info: TensorInfo) -> str:
 
 def _plan(checkpoint: Checkpoint, grid: IntGrid, tied_head: bool) -> Iterator[Planned]:
     """Every tensor of the output in the order of the model."""
-    source, spec = checkpoint.source, checkpoint.spec
-    for info in spec.tensors():
-        if info.role != "linear":
-            yield Planned(info.name, source.dtype(info.name), info.shape)
-            continue
-        n, k = info.shape
-        groups, stem = grid.n_groups(k), _stem(info)
-        yield Planned(f"{stem}qweight", "I32", (k * grid.bits // 32, n))
-        yield Planned(f"{stem}qzeros", "I32", (groups, n * grid.bits // 32))
-        yield Planned(f"{stem}scales", "F16", (groups, n))
-        yield Planned(f"{stem}g_idx", "I32", (k,))
-    if spec.tie_word_embeddings and tied_head:
-        yield Planned(HEAD, source.dtype(EMBEDDING), (spec.vocab_size, spec.hidden_size))
+    for info in checkpoint.spec.tensors():
+        yield from _stored(checkpoint, info, grid)
+    if checkpoint.spec.tie_word_embeddings and tied_head:
+        yield _tied_head(checkpoint)
+
+
+def _stored(checkpoint: Checkpoint, info: TensorInfo, grid: IntGrid) -> list[Planned]:
+    """What is written for a tensor of the checkpoint."""
+    if info.role != "linear":
+        return [Planned(info.name, checkpoint.source.dtype(info.name), info.shape)]
+    n, k = info.shape
+    groups, stem = grid.n_groups(k), _stem(info)
+    return [
+        Planned(f"{stem}qweight", "I32", (k * grid.bits // 32, n)),
+        Planned(f"{stem}qzeros", "I32", (groups, n * grid.bits // 32)),
+        Planned(f"{stem}scales", "F16", (groups, n)),
+        Planned(f"{stem}g_idx", "I32", (k,)),
+    ]
+
+
+def _tied_head(checkpoint: Checkpoint) -> Planned:
+    spec = checkpoint.spec
+    return Planned(HEAD, checkpoint.source.dtype(EMBEDDING), (spec.vocab_size, spec.hidden_size))
+
+
+def stored_tensors(checkpoint: Checkpoint, grid: IntGrid, tied_head: bool = True) -> list[StoredTensor]:
+    """What `export_gptq` would write, experts of a kind as one entry. Raises FormatError as it does."""
+    check_packable(checkpoint)
+    found: dict[str, StoredTensor] = {}
+    for info in checkpoint.spec.tensors():
+        parts = _stored(checkpoint, info, grid)
+        quantized = info.role == "linear"
+        name = info.name if info.expert < 0 else info.name.replace(f".experts.{info.expert}.", ".experts.*.")
+        before = found.get(name)
+        found[name] = StoredTensor(
+            TensorInfo(name, info.shape, info.role, info.layer),
+            grid.name if quantized else parts[0].dtype,
+            sum(part.nbytes for part in parts) + (before.nbytes if before else 0),
+            quantized,
+            before.count + 1 if before else 1,
+        )
+    if checkpoint.spec.tie_word_embeddings and tied_head:
+        head = _tied_head(checkpoint)
+        found[HEAD] = StoredTensor(TensorInfo(HEAD, head.shape, "head"), head.dtype, head.nbytes, False)
+    return list(found.values())
 
 
 def _shards(planned: list[Planned], limit: int) -> dict[str, list[Planned]]:

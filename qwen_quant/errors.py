@@ -33,3 +33,7 @@ class CalibrationError(QwenQuantError):
 
 class OutputError(QwenQuantError):
     """A destination that cannot be written."""
+
+
+class ResourceError(QwenQuantError):
+    """A run that needs more memory than it was allowed."""

@@ -9,22 +9,39 @@ from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.model.transformer import DecoderLayer, Model
 
 HEAD = "lm_head.weight"
+EXPERTS = "mlp.experts."
 
 
-def fill(module: nn.Module, checkpoint: Checkpoint, prefix: str, device: torch.device | str) -> None:
-    """Give a meta-device module its float32 parameters `prefix` + name from the checkpoint."""
-    values = {
-        name: torch.from_numpy(checkpoint.read(prefix + name)).to(device) for name in module.state_dict()
-    }
-    module.load_state_dict(values, assign=True)
+def fill(
+    module: nn.Module,
+    checkpoint: Checkpoint,
+    prefix: str,
+    device: torch.device | str,
+    left_out: str | None = None,
+) -> None:
+    """Give a meta-device module its float32 parameters `prefix` + name from the checkpoint; those whose names
+    begin with `left_out` stay on the meta device."""
+    names = [name for name in module.state_dict() if left_out is None or not name.startswith(left_out)]
+    values = {name: torch.from_numpy(checkpoint.read(prefix + name)).to(device) for name in names}
+    module.load_state_dict(values, strict=left_out is None, assign=True)
 
 
-def load_layer(checkpoint: Checkpoint, layer: int, device: torch.device | str = "cpu") -> DecoderLayer:
-    """Decoder layer `layer` in float32."""
+def load_layer(
+    checkpoint: Checkpoint, layer: int, device: torch.device | str = "cpu", experts: bool = True
+) -> DecoderLayer:
+    """Decoder layer `layer` in float32; its experts, by far the most of a sparse layer, only on demand."""
     with torch.device("meta"):
         module = DecoderLayer(checkpoint.spec, layer)
-    fill(module, checkpoint, f"model.layers.{layer}.", device)
+    fill(module, checkpoint, f"model.layers.{layer}.", device, None if experts else EXPERTS)
     return module.requires_grad_(False)
+
+
+def load_expert(
+    module: DecoderLayer, checkpoint: Checkpoint, layer: int, expert: int, device: torch.device | str
+) -> None:
+    """Fill one expert of decoder layer `layer`, in float32."""
+    name = f"{EXPERTS}{expert}"
+    fill(module.get_submodule(name), checkpoint, f"model.layers.{layer}.{name}.", device)
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Model:

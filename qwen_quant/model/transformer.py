@@ -196,10 +196,18 @@ class SparseMLP(nn.Module):
         out = torch.zeros_like(tokens)
         for index in chosen.unique().tolist():
             rows, ranks = torch.where(chosen == index)
-            out.index_add_(0, rows, self.experts[index](tokens[rows]) * weights[rows, ranks, None])
+            self.add_expert(out, index, tokens[rows], rows, weights[rows, ranks])
+        self.add_shared(out, tokens)
+        return out.view_as(x)
+
+    def add_expert(self, out: Tensor, index: int, x: Tensor, rows: Tensor, weights: Tensor) -> None:
+        """Add to `rows` of out [T, hidden] what an expert makes of x [rows, hidden], times `weights` [rows]."""
+        out.index_add_(0, rows, self.experts[index](x) * weights[:, None])
+
+    def add_shared(self, out: Tensor, tokens: Tensor) -> None:
+        """Add to out [T, hidden] what the shared expert makes of all tokens [T, hidden], where there is one."""
         if self.moe.shared_expert_intermediate_size is not None:
             out += torch.sigmoid(self.shared_expert_gate(tokens)) * self.shared_expert(tokens)
-        return out.view_as(x)
 
 
 class DecoderLayer(nn.Module):

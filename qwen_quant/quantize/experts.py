@@ -49,23 +49,25 @@ class ExpertInputs:
         self._parts, self._norm = parts, norm
         hidden_size = parts[0].shape[-1]
         pooled = Calibration(hidden_size, f"{prefix}gate", parts[0].device)
-        self._chosen = []
+        self._routes = []
         for tokens in self._inputs():
             pooled.add(tokens)
-            self._chosen.append(block.route(tokens)[0])  # [T, num_experts_per_tok]
+            self._routes.append(block.route(tokens))  # experts and weights, both [T, num_experts_per_tok]
         self.pooled = pooled.hessian
 
     def _inputs(self) -> Iterator[Tensor]:
         for part in self._parts:
             yield self._norm(part).flatten(0, -2)
 
-    def _routed(self, experts: range) -> Iterator[tuple[int, Tensor]]:
-        """The tokens of `experts`, each time an expert's number and inputs [T, hidden]."""
-        for tokens, chosen in zip(self._inputs(), self._chosen, strict=True):
+    def _routed(self, experts: range) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
+        """The tokens of `experts`: each time the number of the part, of the expert, its inputs [R, hidden], and
+        which rows of the part they are and their weights, both [R]. Only these rows are normalised again."""
+        for number, (part, (chosen, weights)) in enumerate(zip(self._parts, self._routes, strict=True)):
+            hidden = part.flatten(0, -2)
             for expert in experts:
-                rows = (chosen == expert).any(-1)
-                if rows.any():
-                    yield expert, tokens[rows]
+                rows, ranks = torch.where(chosen == expert)
+                if len(rows):
+                    yield number, expert, self._norm(hidden[rows]), rows, weights[rows, ranks]
 
     def _expert(self, index: int) -> MLP:
         module = self.block.experts[index]
@@ -75,16 +77,21 @@ class ExpertInputs:
     def input_moments(self, experts: range) -> list[Calibration]:
         """What gate_proj and up_proj of `experts` read."""
         found = self._new(experts, "gate_proj")
-        for expert, tokens in self._routed(experts):
+        for _, expert, tokens, _, _ in self._routed(experts):
             found[expert - experts.start].add(tokens)
         return found
 
     def gated_moments(self, experts: range) -> list[Calibration]:
         """What down_proj of `experts` reads."""
         found = self._new(experts, "down_proj")
-        for expert, tokens in self._routed(experts):
+        for _, expert, tokens, _, _ in self._routed(experts):
             found[expert - experts.start].add(self._expert(expert).gated(tokens))
         return found
+
+    def add_outputs(self, experts: range, outputs: Sequence[Tensor]) -> None:
+        """Add to `outputs`, shaped as the parts, what `experts` make of the tokens that are routed to them."""
+        for number, expert, tokens, rows, weights in self._routed(experts):
+            self.block.add_expert(outputs[number].flatten(0, -2), expert, tokens, rows, weights)
 
     def pooled_gated(self, expert: int) -> Tensor:
         """What down_proj of `expert` would read from the layer's first tokens, routed to it or not [K, K].

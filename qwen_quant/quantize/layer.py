@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 from qwen_quant.grids.base import QuantizedTensor
@@ -24,11 +25,28 @@ class LinearReport:
     pooled: float = 0.0
 
 
+class Stopwatch:
+    """Where time goes: `lap(part)` adds the seconds since the last lap to `seconds[part]`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, part: str) -> None:
+        now = time.monotonic()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now
+
+
 @dataclass
 class QuantizedLayer:
-    """The quantized weights of one decoder layer by tensor name (NumPy), and their reports."""
+    """The quantized weights of one decoder layer by tensor name (NumPy), and their reports.
+
+    `parts` says how the `seconds` divide into reading, forward passes, Hessians and solving.
+    """
 
     layer: int
     tensors: dict[str, QuantizedTensor] = field(default_factory=dict)
     reports: list[LinearReport] = field(default_factory=list)
     seconds: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,22 +24,25 @@ from qwen_quant.quantize.layer import LinearReport, QuantizedLayer
 from qwen_quant.safetensors import Planned, SafetensorsFile, SafetensorsWriter, storage_dtype
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 Fingerprint = dict[str, str]
 INPUTS, WEIGHTS, RECIPE = "calibration data", "weights", "recipe"
 
 
-def fingerprint(hidden: Tensor, layer: nn.Module, recipe: Mapping[str, Any]) -> Fingerprint:
-    """Hashes of all that decides how `layer` is quantized: hidden states [samples, seq, hidden], weights, recipe."""
-    weights = hashlib.sha256()
-    for name, value in sorted(layer.state_dict().items()):
-        weights.update(name.encode())
-        weights.update(value.cpu().numpy().data)
+def fingerprint(
+    hidden: Tensor, weights: Iterable[tuple[str, np.ndarray]], recipe: Mapping[str, Any]
+) -> Fingerprint:
+    """Hashes of all that decides how a layer is quantized: hidden states [samples, seq, hidden], its `weights` by
+    name, recipe."""
+    digest = hashlib.sha256()
+    for name, value in weights:
+        digest.update(name.encode())
+        digest.update(value.data)
     return {
         RECIPE: hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
         INPUTS: hashlib.sha256(hidden.cpu().numpy().data).hexdigest(),
-        WEIGHTS: weights.hexdigest(),
+        WEIGHTS: digest.hexdigest(),
     }
 
 
@@ -65,7 +68,7 @@ class LayerStore:
         metadata = {
             "marks": json.dumps(marks),
             "reports": json.dumps([asdict(report) for report in result.reports]),
-            "seconds": str(result.seconds),
+            "parts": json.dumps(result.parts),
         }
         with (
             atomic_file(self._path(result.layer)) as path,
@@ -89,7 +92,8 @@ class LayerStore:
             raise CalibrationError(
                 f"{self.folder}: was begun with another {changed[0]}; run without --resume to start again"
             )
-        result = QuantizedLayer(layer, seconds=float(file.metadata["seconds"]))
+        parts = json.loads(file.metadata.get("parts", "{}"))
+        result = QuantizedLayer(layer, seconds=sum(parts.values()), parts=parts)
         result.reports = [LinearReport(**fields) for fields in json.loads(file.metadata["reports"])]
         for name, grid in grids.items():
             index = f"{name}.group_index"

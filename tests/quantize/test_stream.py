@@ -104,3 +104,14 @@ def test_nan_weight_names_the_tensor(make_checkpoint: Callable[..., Path]) -> No
         stream.write(f32_to_bf16(np.array([np.nan], np.float32)).tobytes())
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj"):
         list(gptq_layers(checkpoint, linear_grid(Q4_0()), windows(), RECIPE))
+
+
+def test_contexts_computed_again_give_the_same_bits(make_checkpoint: Callable[..., Path]) -> None:
+    checkpoint = Checkpoint(make_checkpoint())
+    grids = linear_grid(Q4_0())
+    kept = gptq_layers(checkpoint, grids, windows(), RECIPE)
+    again = gptq_layers(checkpoint, grids, windows(), RECIPE, keep_contexts=False)
+    for first, second in zip(kept, again, strict=True):
+        for name, tensor in first.tensors.items():
+            assert np.array_equal(tensor.codes, second.tensors[name].codes)
+            assert np.array_equal(tensor.scales.scale, second.tensors[name].scales.scale)

@@ -1,0 +1,294 @@
+"""One decoder layer on its way through the quantizer.
+
+Each layer's later inputs see its earlier parts already quantized ("true sequential"). Linear layers that read the
+same activations share one Hessian and one solve. Experts are read, solved, run and forgotten a few at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qwen_quant.checkpoint import Checkpoint
+from qwen_quant.errors import CalibrationError
+from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales
+from qwen_quant.model import DecoderLayer, load_expert, load_layer
+from qwen_quant.model.transformer import MLP, SparseMLP
+from qwen_quant.moe import PROJECTIONS
+from qwen_quant.quantize.calibration import Calibration
+from qwen_quant.quantize.experts import ExpertInputs, groups_of_experts, shrunk
+from qwen_quant.quantize.gptq import Solution, solve, solve_stack
+from qwen_quant.quantize.layer import LinearReport, QuantizedLayer, Stopwatch
+from qwen_quant.quantize.recipe import GridChoice, Recipe
+from qwen_quant.spec import TensorInfo
+
+TOKENS_AT_ONCE = 4096  # calibration tokens per forward pass: bounds activations beside the hidden states
+ATTENTION = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+)
+
+
+class LayerRun:
+    """The stages of one decoder layer, each: see the inputs, solve, put the quantized weights in place."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        index: int,
+        grids: GridChoice,
+        recipe: Recipe,
+        device: torch.device,
+        keep_contexts: bool = True,
+    ) -> None:
+        self.watch = Stopwatch()
+        self.checkpoint, self.index = checkpoint, index
+        self.layer: DecoderLayer = load_layer(checkpoint, index, device, experts=False)
+        self.watch.lap("read")
+        self.prefix = f"model.layers.{index}."
+        self.spec = checkpoint.spec
+        self.infos: dict[str, TensorInfo] = {i.name: i for i in checkpoint.spec.layer_tensors(index)}
+        self.grids, self.recipe, self.device = grids, recipe, device
+        self.keep_contexts = keep_contexts
+        self.result = QuantizedLayer(index)
+
+    def chosen_grids(self) -> dict[str, AffineGrid]:
+        """The grid of each tensor of the layer that is quantized."""
+        found = {name: self.grids(info) for name, info in self.infos.items()}
+        return {name: grid for name, grid in found.items() if grid is not None}
+
+    def recipe_record(self) -> dict[str, Any]:
+        """What decides the result beside weights and data."""
+        return self.recipe.record() | {name: grid.name for name, grid in self.chosen_grids().items()}
+
+    def weights(self) -> Iterator[tuple[str, np.ndarray]]:
+        """The layer's full-precision weights one by one; experts are not in memory yet and come from the files."""
+        for name, value in sorted(self.layer.state_dict().items()):
+            yield name, self.checkpoint.read(self.prefix + name) if value.is_meta else value.cpu().numpy()
+
+    def solve_all(self, hidden: Tensor, table: tuple[Tensor, Tensor]) -> QuantizedLayer:
+        """Quantize the layer and carry `hidden` [samples, seq, hidden] through it, in place."""
+        layer, batches = self.layer, self._batches(hidden)
+
+        moments = self._moments(ATTENTION[0], (layer.attention_input(part) for part in batches))
+        self._quantize(ATTENTION[0], moments)
+
+        contexts: list[Tensor] = []
+        moments = self._moments(ATTENTION[1], self._contexts(batches, table, contexts))
+        self._quantize(ATTENTION[1], moments)
+        for part in batches:
+            part += layer.self_attn.o_proj(contexts.pop(0) if contexts else self._context(part, table))
+        self.watch.lap("calibrate")
+
+        if isinstance(layer.mlp, SparseMLP):
+            outputs = self._through_experts(layer.mlp, batches, self._solve_experts)
+            if layer.mlp.moe.shared_expert_intermediate_size is not None:
+                self._solve_mlp(layer.mlp.shared_expert, "mlp.shared_expert", batches)
+            self._finish_sparse(layer.mlp, batches, outputs)
+        else:
+            self._solve_mlp(layer.mlp, "mlp", batches)
+            for part in batches:
+                part += layer.mlp(layer.mlp_input(part))
+        if not torch.isfinite(hidden.sum()):
+            raise CalibrationError(f"{self.prefix[:-1]}: outputs are not finite; the checkpoint is broken")
+        self.watch.lap("calibrate")
+        return self.result
+
+    def _contexts(
+        self, batches: tuple[Tensor, ...], table: tuple[Tensor, Tensor], kept: list[Tensor]
+    ) -> Iterator[Tensor]:
+        """What o_proj reads, each batch; `kept` holds on to them for its outputs, or they are computed again."""
+        for part in batches:
+            context = self._context(part, table)
+            if self.keep_contexts:
+                kept.append(context)
+            yield context
+
+    def _solve_mlp(self, module: MLP, name: str, batches: tuple[Tensor, ...]) -> None:
+        """Quantize a SwiGLU that every token passes."""
+        first, last = tuple(f"{name}.{part}" for part in PROJECTIONS[:2]), (f"{name}.{PROJECTIONS[2]}",)
+        self._quantize(first, self._moments(first, (self.layer.mlp_input(part) for part in batches)))
+        # The gated activations are computed again for the outputs rather than kept: they are the widest of all.
+        inputs = (module.gated(self.layer.mlp_input(part)) for part in batches)
+        self._quantize(last, self._moments(last, inputs))
+
+    def _through_experts(
+        self,
+        block: SparseMLP,
+        batches: tuple[Tensor, ...],
+        prepare: Callable[[ExpertInputs, range], None],
+    ) -> list[Tensor]:
+        """What the experts make of `batches`: a few at a time are read, made ready by `prepare`, run and forgotten."""
+        inputs = ExpertInputs(block, f"{self.prefix}mlp.", batches, self.layer.post_attention_layernorm)
+        outputs = [torch.zeros_like(part) for part in batches]
+        for experts in groups_of_experts(block.moe, self.spec.hidden_size):
+            self.watch.lap("calibrate")
+            for expert in experts:
+                load_expert(self.layer, self.checkpoint, self.index, expert, self.device)
+            self.watch.lap("read")
+            prepare(inputs, experts)
+            inputs.add_outputs(experts, outputs)
+            for expert in experts:
+                block.experts[expert].to("meta")
+        return outputs
+
+    def _finish_sparse(self, block: SparseMLP, batches: tuple[Tensor, ...], outputs: list[Tensor]) -> None:
+        """Add the experts' `outputs` and the shared expert's to `batches`."""
+        for part, out in zip(batches, outputs, strict=True):
+            block.add_shared(out.flatten(0, -2), self.layer.mlp_input(part).flatten(0, -2))
+            part += out
+
+    def _solve_experts(self, inputs: ExpertInputs, experts: range) -> None:
+        """Quantize some experts, their gate and up before their down."""
+        found = inputs.input_moments(experts)
+        self._quantize_experts(experts, PROJECTIONS[:2], found, lambda expert: inputs.pooled)
+        found = inputs.gated_moments(experts)
+        self._quantize_experts(experts, PROJECTIONS[2:], found, inputs.pooled_gated)
+
+    def replay(self, kept: QuantizedLayer, hidden: Tensor, table: tuple[Tensor, Tensor]) -> None:
+        """Carry `hidden` through the layer with weights quantized before, by the very steps of `solve_all`."""
+        layer, batches = self.layer, self._batches(hidden)
+
+        def restore(expert: int) -> None:
+            for name, tensor in kept.tensors.items():
+                if self.infos[name].expert == expert:
+                    module = self._linear(name.removeprefix(self.prefix).removesuffix(".weight"))
+                    module.weight.data = _to_torch(tensor, self.device).decode()
+
+        def restore_group(inputs: ExpertInputs, experts: range) -> None:
+            for expert in experts:
+                restore(expert)
+
+        restore(-1)
+        for part in batches:
+            part += layer.self_attn.o_proj(self._context(part, table))
+        if isinstance(layer.mlp, SparseMLP):
+            self._finish_sparse(layer.mlp, batches, self._through_experts(layer.mlp, batches, restore_group))
+            return
+        for part in batches:
+            part += layer.mlp(layer.mlp_input(part))
+
+    def _batches(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Views of `hidden` [samples, seq, hidden] for one forward pass each; writing to one writes to `hidden`."""
+        return hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1]))
+
+    def _context(self, part: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        return self.layer.attend(self.layer.attention_input(part), table)
+
+    def _linear(self, name: str) -> nn.Linear:
+        module = self.layer.get_submodule(name)
+        assert isinstance(module, nn.Linear)
+        return module
+
+    def _moments(self, stage: tuple[str, ...], inputs: Iterable[Tensor]) -> Calibration:
+        """The second moments of what the stage's linears read."""
+        moments = Calibration(self._linear(stage[0]).in_features, self.prefix + stage[0], self.device)
+        for x in inputs:
+            moments.add(x)
+        return moments
+
+    def _quantize(self, stage: tuple[str, ...], moments: Calibration) -> None:
+        """Solve the stage's linears, one stacked solve for each distinct grid."""
+        self.watch.lap("calibrate")
+        for grid, names in self._by_grid(stage):
+            weights = [self._linear(name).weight.data for name in names]
+            solutions = solve(
+                weights,
+                moments.hessian,
+                grid,
+                damp_percent=self.recipe.damp_percent,
+                desc_act=self.recipe.desc_act,
+            )
+            for name, solution in zip(names, solutions, strict=True):
+                self._keep(name, grid, solution, moments.n_tokens)
+        self.watch.lap("solve")
+
+    def _by_grid(self, names: tuple[str, ...]) -> Iterable[tuple[AffineGrid, list[str]]]:
+        """Each distinct grid and the linears on it."""
+        found: dict[str, tuple[AffineGrid, list[str]]] = {}
+        for name in names:
+            grid = self.grids(self.infos[f"{self.prefix}{name}.weight"])
+            if grid is not None:
+                found.setdefault(grid.name, (grid, []))[1].append(name)
+        return found.values()
+
+    def _quantize_experts(
+        self,
+        experts: range,
+        projections: tuple[str, ...],
+        moments: list[Calibration],
+        pooled: Callable[[int], Tensor],
+    ) -> None:
+        """Solve the same projections of several experts as one stack for each distinct grid."""
+        self.watch.lap("calibrate")
+        size = self._linear(f"mlp.experts.{experts[0]}.{projections[0]}").in_features
+        hessian = torch.empty(len(experts), size, size, device=self.device)  # [E, K, K]
+        shares = []
+        for matrix, expert, own in zip(hessian, experts, moments, strict=True):
+            mixed, share = shrunk(own, expert, pooled)
+            matrix.copy_(mixed)
+            shares.append(share)
+        # An expert's tensors have the same grids as every other's: a grid is chosen for a shape and a name.
+        for grid, names in self._by_grid(tuple(f"mlp.experts.{experts[0]}.{p}" for p in projections)):
+            chosen = [name.rpartition(".")[2] for name in names]
+            solved = solve_stack(
+                [
+                    torch.stack([self._linear(f"mlp.experts.{e}.{p}").weight.data for e in experts])
+                    for p in chosen
+                ],
+                hessian,
+                grid,
+                damp_percent=self.recipe.damp_percent,
+                desc_act=self.recipe.desc_act,
+            )
+            for e, own, share, solutions in zip(experts, moments, shares, solved, strict=True):
+                for projection, solution in zip(chosen, solutions, strict=True):
+                    self._keep(f"mlp.experts.{e}.{projection}", grid, solution, own.n_tokens, share)
+        self.watch.lap("solve")
+
+    def _keep(
+        self, name: str, grid: AffineGrid, solution: Solution, tokens: int, pooled: float = 0.0
+    ) -> None:
+        full = f"{self.prefix}{name}.weight"
+        self._linear(name).weight.data = solution.tensor.decode()
+        self.result.tensors[full] = _to_numpy(solution.tensor)
+        self.result.reports.append(
+            LinearReport(
+                full,
+                grid.name,
+                solution.error,
+                solution.rtn_error,
+                solution.damping,
+                tokens,
+                solution.fallback,
+                pooled,
+            )
+        )
+
+
+def _to_numpy(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The same tensor with NumPy arrays of its own (stacked solves hand out views)."""
+
+    def own(x: Tensor) -> np.ndarray:
+        return x.cpu().numpy().copy()
+
+    index = None if tensor.group_index is None else own(tensor.group_index)
+    return QuantizedTensor(
+        tensor.grid, own(tensor.codes), Scales(own(tensor.scales.scale), own(tensor.scales.offset)), index
+    )
+
+
+def _to_torch(tensor: QuantizedTensor, device: torch.device) -> QuantizedTensor:
+    """The inverse of `_to_numpy`, on `device`."""
+
+    def move(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(device)
+
+    index = None if tensor.group_index is None else move(tensor.group_index)
+    return QuantizedTensor(
+        tensor.grid, move(tensor.codes), Scales(move(tensor.scales.scale), move(tensor.scales.offset)), index
+    )

@@ -1,0 +1,139 @@
+"""What a run will need before it begins: where each tensor goes, memory and time.
+
+Memory is that of the worst stage of the worst layer (plan_layer.py has the formulas) or of what lies outside the
+layers, above what the process holds anyhow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from qwen_quant.errors import ResourceError
+from qwen_quant.quantize.plan_layer import (
+    FLOAT,
+    PIECE,
+    PLAIN,
+    CalibratedLayer,
+    LayerPlan,
+    Stage,
+    Work,
+    copied_layer,
+    copy_work,
+    largest,
+)
+from qwen_quant.quantize.recipe import Recipe
+from qwen_quant.quantize.stored import StoredTensor
+from qwen_quant.spec import ModelSpec
+
+# What the process adds to what it has at the time of the plan: tokenizer, calibration text, buffers of BLAS, and
+# freed memory that malloc keeps.
+OVERHEAD = 300 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run: its tensors, its layers and what lies outside them. `base` is what the process holds anyhow."""
+
+    tensors: tuple[StoredTensor, ...]
+    layers: tuple[LayerPlan, ...]
+    outer: Stage
+    outer_work: Work
+    base: float
+    keep_contexts: bool = True
+    hidden_states: float = 0
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def worst(self) -> Stage:
+        return max((self.outer, *(layer.worst for layer in self.layers)), key=lambda stage: stage.nbytes)
+
+    @property
+    def peak(self) -> float:
+        """Resident memory at the worst moment, bytes."""
+        return self.base + OVERHEAD + self.worst.nbytes
+
+    @property
+    def work(self) -> Work:
+        return sum((layer.work for layer in self.layers), self.outer_work)
+
+
+def plan_run(
+    spec: ModelSpec,
+    tensors: list[StoredTensor],
+    recipe: Recipe | None,
+    base: float = 0.0,
+    keep_contexts: bool = True,
+) -> Plan:
+    """The plan of a run that writes `tensors`; without a `recipe` nothing is quantized, only copied."""
+    by_layer: dict[int, list[StoredTensor]] = {}
+    for tensor in tensors:
+        by_layer.setdefault(tensor.info.layer, []).append(tensor)
+    layers = []
+    for layer in range(spec.num_hidden_layers):
+        mine = by_layer[layer]
+        if recipe is not None and recipe.calibrate:
+            layers.append(CalibratedLayer(spec, layer, mine, recipe, keep_contexts).plan())
+        else:
+            layers.append(copied_layer(layer, mine))
+    tokens = recipe.num_samples * recipe.seq_len if recipe is not None and recipe.calibrate else 0
+    outer = by_layer[-1]
+    return Plan(
+        tuple(tensors),
+        tuple(layers),
+        _outer_stage(spec, outer, tokens),
+        copy_work(outer),
+        base,
+        keep_contexts,
+        FLOAT * tokens * spec.hidden_size,
+    )
+
+
+def fit(plan: Plan, spec: ModelSpec, recipe: Recipe | None, max_ram: int, model: str) -> Plan:
+    """`plan`, or one with the same result that needs less. Raises ResourceError, naming the remedy, when none needs
+    at most `max_ram` bytes."""
+    if plan.peak <= max_ram:
+        return plan
+
+    def with_samples(count: int) -> Plan:
+        assert recipe is not None
+        less = replace(recipe, num_samples=count)
+        return plan_run(spec, list(plan.tensors), less, plan.base, keep_contexts=False)
+
+    calibrated = recipe is not None and recipe.calibrate
+    if recipe is not None and calibrated:
+        smaller = with_samples(recipe.num_samples)
+        if smaller.peak <= max_ram:
+            return smaller
+    need = f"{model}: {plan.worst.name} needs about {size(plan.peak)}, --max-ram is {size(max_ram)}"
+    if recipe is None or not calibrated:
+        raise ResourceError(f"{need}; no option lowers it, give more")
+    if with_samples(1).peak <= max_ram:
+        low, high = 1, recipe.num_samples  # `low` fits, `high` does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if with_samples(middle).peak <= max_ram else (low, middle)
+        raise ResourceError(f"{need}; fewer calibration windows fit: --num-samples {low}, or lower --seq-len")
+    least = size(with_samples(1).peak)
+    raise ResourceError(
+        f"{need}; with one calibration window (--num-samples 1) it still needs {least}: give more, or round "
+        "without calibration (--no-calibration)"
+    )
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, in powers of ten."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
+
+
+def _outer_stage(spec: ModelSpec, tensors: list[StoredTensor], tokens: int) -> Stage:
+    """Embedding the calibration tokens (each distinct row twice), or copying embedding and head in pieces."""
+    rows = min(tokens, spec.vocab_size)
+    embedding = FLOAT * spec.hidden_size * (tokens + 2 * rows) + 4 * PIECE if tokens else 0
+    floats = max(PLAIN if tensor.quantized else 3 for tensor in tensors)
+    copying = FLOAT * floats * min(PIECE // 2, largest(tensors))
+    return Stage(
+        "embedding" if embedding > copying else "writing embedding and head", max(embedding, copying)
+    )

@@ -1,0 +1,230 @@
+"""What one decoder layer will need: memory at its worst stage, and operations. The formulas are all here.
+
+Memory in FP32 values unless said otherwise. T: calibration tokens; B: tokens of a forward pass; H, F: hidden and
+intermediate size; E problems of W [N, K] share a solve.
+
+    always            hidden states T·H, non-expert weights of one layer, codes of its solved weights (1 byte each)
+    attention         contexts T·q_size, unless they are computed again; activations of B tokens
+    a shared input    its Hessian K², twice: the sum and the mean
+    experts           their outputs T·H; weights and Hessians of those that are solved together
+    solver            max(E·N·K + 6·E·K², 2·E·N·K + 5·P + E·K²): factorisation, then compensation and errors of the
+                      P weights that are solved at once
+    writing           packing of the largest tensor, or a piece of the embedding
+
+Time is counted in operations and divided by what this machine was measured to do (speed.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from qwen_quant.moe import MoESpec
+from qwen_quant.quantize.experts import COLD, groups_of_experts
+from qwen_quant.quantize.gptq import FLOATS_AT_ONCE
+from qwen_quant.quantize.layer_run import TOKENS_AT_ONCE
+from qwen_quant.quantize.recipe import Recipe
+from qwen_quant.quantize.stored import StoredTensor
+from qwen_quant.spec import ModelSpec
+
+FLOAT = 4
+CODE = 1.07  # bytes of a code and its share of the scales, as the quantizer holds them
+# Floats of the solver for each weight that is solved at once, and for each entry of a Hessian.
+COMPENSATION, FACTORISATION = 5, 6
+PLAIN = 8  # floats for each weight while a tensor is rounded to nearest
+ATTENTION_FLOATS, MLP_FLOATS = 6, 4  # for each output of a token's projections, in a forward pass
+PIECE = 32 << 20  # stored bytes of a tensor that is copied in pieces
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations: floating-point ones of matrix products and of factorisations, weights that the solver rounds,
+    weights that are only rounded to nearest, bytes that are read or written."""
+
+    matmul: float = 0
+    factor: float = 0
+    solved: float = 0
+    rounded: float = 0
+    transferred: float = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A point in the run at which memory peaks, `nbytes` above what the process began with."""
+
+    name: str
+    nbytes: float
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A decoder layer: the stage that needs most, and its work."""
+
+    layer: int
+    worst: Stage
+    work: Work
+
+
+def _weights(tensors: list[StoredTensor]) -> int:
+    return sum(tensor.count * math.prod(tensor.info.shape) for tensor in tensors)
+
+
+def copy_work(tensors: list[StoredTensor]) -> Work:
+    rounded = [tensor for tensor in tensors if tensor.quantized]
+    return Work(rounded=_weights(rounded), transferred=2 * _weights(tensors) + sum(t.nbytes for t in tensors))
+
+
+def largest(tensors: list[StoredTensor]) -> int:
+    return max((math.prod(tensor.info.shape) for tensor in tensors), default=0)
+
+
+def _packing(tensors: list[StoredTensor]) -> float:
+    """Bytes to pack the largest quantized tensor: its codes turned, and a byte for each of their bits."""
+    return max(
+        (math.prod(t.info.shape) * (2 + 1.5 * t.bits_per_weight) for t in tensors if t.quantized), default=0
+    )
+
+
+def copied_layer(layer: int, tensors: list[StoredTensor]) -> LayerPlan:
+    """A layer that is rounded to nearest or copied: one tensor at a time beside the codes of the layer."""
+    quantized = [tensor for tensor in tensors if tensor.quantized]
+    rounding = (FLOAT * PLAIN) * largest(quantized) + CODE * _weights(quantized)
+    writing = CODE * _weights(quantized) + _packing(tensors)
+    copying = 4 * PIECE
+    return LayerPlan(
+        layer, Stage(f"layer {layer}, rounding", max(rounding, writing, copying)), copy_work(tensors)
+    )
+
+
+@dataclass
+class CalibratedLayer:
+    """Stages and work of one layer as `LayerRun.solve_all` walks through them."""
+
+    spec: ModelSpec
+    layer: int
+    tensors: list[StoredTensor]
+    recipe: Recipe
+    keep_contexts: bool
+
+    def plan(self) -> LayerPlan:
+        worst = max(self._stages(), key=lambda stage: stage.nbytes)
+        return LayerPlan(self.layer, Stage(f"layer {self.layer}, {worst.name}", worst.nbytes), self._work())
+
+    @property
+    def tokens(self) -> int:
+        return self.recipe.num_samples * self.recipe.seq_len
+
+    @property
+    def at_once(self) -> int:
+        return min(self.tokens, max(self.recipe.seq_len, TOKENS_AT_ONCE))
+
+    @property
+    def moe(self) -> MoESpec | None:
+        return self.spec.moe if self.spec.is_sparse(self.layer) else None
+
+    def _stages(self) -> Iterator[Stage]:
+        spec, tokens, at_once = self.spec, self.tokens, self.at_once
+        hidden_size, q, qkv = spec.hidden_size, spec.q_size, spec.q_size + 2 * spec.kv_size
+        # An expert's name holds its number, a stack of experts in GGUF's does not; both have `.experts.`.
+        resident = [t for t in self.tensors if ".experts." not in t.info.name]
+        hidden = FLOAT * tokens * hidden_size
+        held = hidden + FLOAT * _weights(resident)
+        contexts = FLOAT * tokens * q if self.keep_contexts else 0
+        activations = FLOAT * at_once * (ATTENTION_FLOATS * qkv + 3 * hidden_size)
+        solved = CODE * (qkv * hidden_size)
+        yield Stage("reading", hidden + FLOAT * _weights(resident) + 3 * largest(resident))
+        yield Stage("solving q, k and v", held + _solve(1, qkv, hidden_size))
+        yield Stage("attention", held + solved + contexts + activations + FLOAT * q * q)
+        yield Stage("solving o", held + solved + contexts + _solve(1, hidden_size, q))
+        codes = CODE * _weights([t for t in self.tensors if t.quantized])
+        if self.moe is None:
+            yield from self._mlp("", held + solved, spec.intermediate_size)
+        else:
+            routes = tokens * self.moe.num_experts_per_tok * 12
+            held += hidden + routes
+            yield from self._experts(self.moe, held + codes)
+            if self.moe.shared_expert_intermediate_size is not None:
+                yield from self._mlp(
+                    "the shared expert's ", held + codes, self.moe.shared_expert_intermediate_size
+                )
+        yield Stage("writing", hidden + codes + _packing(self.tensors))
+
+    def _mlp(self, whose: str, held: float, ffn: int) -> Iterator[Stage]:
+        hidden_size = self.spec.hidden_size
+        yield Stage(f"solving {whose}gate and up", held + _solve(1, 2 * ffn, hidden_size))
+        held += CODE * 2 * ffn * hidden_size
+        activations = self.at_once * (MLP_FLOATS * ffn + 3 * hidden_size)
+        yield Stage(f"running {whose}gate and up", held + FLOAT * (activations + ffn * ffn))
+        yield Stage(f"solving {whose}down", held + _solve(1, hidden_size, ffn))
+
+    def _experts(self, moe: MoESpec, held: float) -> Iterator[Stage]:
+        """The largest group of experts, whose tokens are at most those of a forward pass at a time."""
+        hidden_size, ffn = self.spec.hidden_size, moe.moe_intermediate_size
+        together = len(next(groups_of_experts(moe, hidden_size)))
+        held += FLOAT * hidden_size * hidden_size + FLOAT * together * 3 * ffn * hidden_size
+        activations = self.at_once * (MLP_FLOATS * ffn + 4 * hidden_size)
+        for name, rows, columns in (("gate and up", 2 * ffn, hidden_size), ("down", hidden_size, ffn)):
+            stack = FLOAT * together * rows * columns
+            solving = _solve(together, rows, columns) + stack
+            running = FLOAT * (activations + together * columns * columns)
+            yield Stage(f"solving {name} of {together} experts", held + max(solving, running))
+
+    def _work(self) -> Work:
+        spec, tokens = self.spec, self.tokens
+        hidden_size, q, qkv = spec.hidden_size, spec.q_size, spec.q_size + 2 * spec.kv_size
+        passes = 1 if self.keep_contexts else 2
+        attention = 2 * tokens * hidden_size * qkv + 4 * tokens * self.recipe.seq_len * q
+        work = Work(matmul=passes * attention + 2 * tokens * q * hidden_size)
+        work += _hessian_and_solve(1, tokens, qkv, hidden_size) + _hessian_and_solve(
+            1, tokens, hidden_size, q
+        )
+        if self.moe is None:
+            work += self._mlp_work(1, tokens, spec.intermediate_size)
+        else:
+            moe = self.moe
+            routed = tokens * moe.num_experts_per_tok / moe.num_experts
+            work += self._mlp_work(moe.num_experts, routed, moe.moe_intermediate_size)
+            pool = 2 * tokens * hidden_size**2
+            ffn = moe.moe_intermediate_size
+            if routed < COLD * ffn:  # down_proj of a cold expert sees the layer's first tokens as well
+                pool += moe.num_experts * min(tokens, COLD * ffn) * (4 * hidden_size * ffn + 2 * ffn**2)
+            work += Work(matmul=pool)
+            if moe.shared_expert_intermediate_size is not None:
+                work += self._mlp_work(1, tokens, moe.shared_expert_intermediate_size)
+        # Read once to compute and once for the hash, written once to keep the layer and once to the output.
+        weights = _weights(self.tensors)
+        stored = sum(tensor.nbytes for tensor in self.tensors)
+        return work + Work(transferred=4 * weights + weights + stored)
+
+    def _mlp_work(self, count: int, tokens: float, ffn: int) -> Work:
+        """`count` SwiGLUs of `tokens` each: gate and up run twice, down once."""
+        hidden_size = self.spec.hidden_size
+        return (
+            Work(matmul=count * tokens * 10 * hidden_size * ffn)
+            + _hessian_and_solve(count, tokens, 2 * ffn, hidden_size)
+            + _hessian_and_solve(count, tokens, hidden_size, ffn)
+        )
+
+
+def _solve(problems: int, rows: int, columns: int) -> float:
+    """Bytes of a solve: the sums and means of its Hessians and the solver's own."""
+    weights, hessians = problems * rows * columns, problems * columns * columns
+    parts = min(weights, FLOATS_AT_ONCE * min(problems, torch.get_num_threads()))
+    own = max(weights + FACTORISATION * hessians, 2 * weights + COMPENSATION * parts + hessians)
+    return FLOAT * (own + 2 * hessians)
+
+
+def _hessian_and_solve(problems: int, tokens: float, rows: int, columns: int) -> Work:
+    """A Hessian of `tokens`, its factorisation (K³/3), spreading errors and measuring two of them (N·K² each)."""
+    k2 = columns**2
+    return Work(
+        matmul=problems * (2 * tokens * k2 + 3 * rows * k2),
+        factor=problems * k2 * columns / 3,
+        solved=problems * rows * columns,
+    )

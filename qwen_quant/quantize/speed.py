@@ -1,0 +1,79 @@
+"""What this machine does in a second, timed for about one, and from that how long a plan takes."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qwen_quant.grids.base import AffineGrid
+from qwen_quant.quantize.calibration import fast_matmul
+from qwen_quant.quantize.factor import factorise
+from qwen_quant.quantize.gptq import solve
+from qwen_quant.quantize.plan_layer import Work
+
+ROWS, COLUMNS = 1024, 512  # of the weight that is solved to see how fast rounding is
+SIDE = 1024  # of the matrices that are multiplied and factorised
+TRANSFER = 400e6  # bytes a second of reading, hashing and packing: a guess, they are a small part
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Operations in a second, as `Work` counts them."""
+
+    matmul: float
+    factor: float
+    solved: float
+    rounded: float
+
+    def seconds(self, work: Work) -> dict[str, float]:
+        """How long each part of `work` takes."""
+        return {
+            "matmul": work.matmul / self.matmul,
+            "factorisation": work.factor / self.factor,
+            "rounding": work.solved / self.solved + work.rounded / self.rounded,
+            "transfer": work.transferred / TRANSFER,
+        }
+
+
+def measure_speed(grid: AffineGrid, device: torch.device) -> Speed:
+    """Time a matrix product, a factorisation, and the rounding of a small weight on `grid`, in FP32 on `device`."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SIDE, SIDE, generator=generator).to(device)
+    hessian = x.T @ x / SIDE + torch.eye(SIDE, device=device)
+    small = hessian[:COLUMNS, :COLUMNS].contiguous()
+    weight = torch.randn(ROWS, COLUMNS, generator=generator).to(device)
+    with fast_matmul(), torch.no_grad():
+        matmul = 2 * SIDE**3 / _best(lambda: x @ x, device)
+        factor = SIDE**3 / 3 / _best(lambda: factorise(hessian[None], 0.01), device)
+        whole = _best(lambda: solve([weight], small, grid), device)
+        rest = 3 * ROWS * COLUMNS**2 / matmul + COLUMNS**3 / 3 / factor
+        rounded = weight.numel() / _best(lambda: grid.plain_rounding(weight), device)
+    return Speed(matmul, factor, weight.numel() / max(whole - rest, whole / 10), rounded)
+
+
+def _best(call: Callable[[], object], device: torch.device, times: int = 3) -> float:
+    """Seconds of the quickest of a few calls, after one that warms up."""
+    seconds = []
+    for _ in range(times + 1):
+        began = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
+def resident_bytes() -> float:
+    """Memory that this process holds now; where the system does not say, the most it has held."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,78 @@
+"""`--dry-run` and `--max-ram`: nothing is written, the plan is what a run does, refusals come first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen_quant.checkpoint import Checkpoint
+from qwen_quant.cli.planning import parse_ram
+from qwen_quant.exporters.gptq import stored_tensors
+from qwen_quant.grids import IntGrid
+from qwen_quant.quantize.plan import plan_run
+from qwen_quant.quantize.recipe import Recipe
+
+CALIBRATION = ["--num-samples", "4", "--seq-len", "64"]
+COMMANDS = pytest.mark.parametrize(
+    "command", [["gptq", "--group-size", "32"], ["export", "--type", "Q4_0"], ["export", "--type", "F16"]]
+)
+
+
+@COMMANDS
+def test_a_dry_run_says_what_and_writes_nothing(
+    command: list[str], cli: Callable, make_model: Callable, tmp_path: Path
+) -> None:
+    arguments = [command[0], make_model(), "-o", tmp_path / "out", *command[1:], *CALIBRATION]
+    before = sorted(tmp_path.rglob("*"))
+    plan = cli(*arguments, "--dry-run", "--json").json
+    said = cli(*arguments, "--dry-run")
+    assert said.code == 0
+    assert "nothing is written" in said.out and "memory: about" in said.out and "time: about" in said.out
+    assert sorted(tmp_path.rglob("*")) == before
+    assert plan["dry_run"] is True
+    assert [layer["layer"] for layer in plan["layers"]] == [0, 1]
+    assert {"peak_rss_mb", "worst_stage", "seconds", "bytes", "outer_tensors"} <= plan.keys()
+    done = cli(*arguments, "--json").json
+    assert plan["bytes"] < done["bytes"] < plan["bytes"] + 500_000  # headers, tokenizer, metadata
+
+
+@COMMANDS
+def test_too_little_memory_is_refused_at_once(
+    command: list[str], cli: Callable, make_model: Callable, tmp_path: Path
+) -> None:
+    found = cli(command[0], make_model(), "-o", tmp_path / "out", *command[1:], "--max-ram", "1M")
+    assert (found.code, found.out, found.err.count("\n")) == (1, "", 1)
+    assert "--max-ram is 1 MB" in found.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["lots", "8X", "-1G", "0G", ""])
+def test_a_size_that_is_none(text: str, cli: Callable, make_model: Callable, tmp_path: Path) -> None:
+    found = cli("gptq", make_model(), "-o", tmp_path / "out", "--max-ram", text)
+    assert (found.code, found.err.count("\n")) == (2, 1)
+    assert "--max-ram" in found.err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("8G", 8 * 10**9), ("1.5GB", 15 * 10**8), ("500m", 5 * 10**8), ("2GiB", 2 << 30)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_ram(text) == size
+
+
+@given(samples=st.integers(1, 300), seq_len=st.integers(2, 9000), more=st.integers(1, 300))
+@settings(max_examples=50, deadline=None)
+def test_more_calibration_never_needs_less(samples: int, seq_len: int, more: int, reference: Path) -> None:
+    checkpoint = Checkpoint(reference)
+    tensors = stored_tensors(checkpoint, IntGrid(4, 128))
+    recipe = Recipe(num_samples=samples, seq_len=seq_len)
+    plan = plan_run(checkpoint.spec, tensors, recipe)
+    for larger in (replace(recipe, num_samples=samples + more), replace(recipe, seq_len=seq_len + more)):
+        other = plan_run(checkpoint.spec, tensors, larger)
+        assert other.peak >= plan.peak and other.work.matmul > plan.work.matmul
+    assert plan_run(checkpoint.spec, tensors, recipe, keep_contexts=False).peak <= plan.peak
