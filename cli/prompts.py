@@ -113,8 +113,10 @@ def read_tools(path: Path) -> list[Any]:
     from qwen_quant.chat_messages import check_tools
 
     found: Any = _read_json(str(path), "tools")
+    if not isinstance(found, list):
+        raise QwenQuantError(f"{path}: is no list of tools; put the schemas into [ … ]")
     try:
-        check_tools({} if found is None else found)  # null is no list either
+        check_tools(found)
     except UsageError as error:
         raise QwenQuantError(f"{path}: {error}") from None
     return found
