@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -26,7 +27,7 @@ def test_cuts_change_nothing(text: str, cuts: list[int], in_reasoning: bool, too
     parser = AnswerParser(in_reasoning=in_reasoning, tools=tools)
     ends = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces: list[Piece] = []
-    for start, end in zip(ends, ends[1:], strict=False):
+    for start, end in itertools.pairwise(ends):
         pieces += parser.push(text[start:end])
     pieces += parser.finish()
     whole = parse_answer(text, in_reasoning=in_reasoning, tools=tools)
