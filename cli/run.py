@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,14 +10,40 @@ import typer
 from qwen_quant.cli import options
 
 if TYPE_CHECKING:
+    from qwen_quant.cli.prompts import Request
+    from qwen_quant.runtime.conversation import Conversation
+    from qwen_quant.runtime.sampling import SamplingParams
     from qwen_quant.runtime.session import Session
 
 Prompt = Annotated[
     str | None,
-    typer.Option("--prompt", "-p", show_default=False, help="What to say to the model; '-' reads stdin."),
+    typer.Option(
+        "--prompt",
+        "-p",
+        show_default=False,
+        help="What to say to the model; '-' reads stdin. Without one, a terminal becomes a chat.",
+    ),
 ]
 PromptFile = Annotated[
     Path | None, typer.Option("--file", "-f", show_default=False, help="Read the prompt from this text file.")
+]
+MessagesFile = Annotated[
+    str | None,
+    typer.Option(
+        "--messages",
+        metavar="FILE",
+        show_default=False,
+        help="A JSON file with a conversation in OpenAI's chat format; '-' reads stdin.",
+    ),
+]
+ToolsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--tools",
+        metavar="FILE",
+        show_default=False,
+        help="A JSON file with the schemas of functions that the model may call.",
+    ),
 ]
 System = Annotated[str | None, typer.Option("--system", show_default=False, help="The system message.")]
 Raw = Annotated[
@@ -29,12 +53,20 @@ Thinking = Annotated[
     bool | None,
     typer.Option(
         "--thinking/--no-thinking",
+        "--think/--no-think",
         show_default=False,
         help="Whether to think first, where the template knows it.",
     ),
 ]
 MaxTokens = Annotated[
-    int, typer.Option("-n", "--max-tokens", min=0, help="Generate at most this many tokens.")
+    int | None,
+    typer.Option(
+        "-n",
+        "--max-tokens",
+        min=0,
+        show_default="256; in a chat, what fits into the context",
+        help="Generate at most this many tokens.",
+    ),
 ]
 Temperature = Annotated[float, typer.Option("--temperature", help="0 always takes the most likely token.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Choose among this many tokens; 0 is off.")]
@@ -53,21 +85,16 @@ Seed = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """What is said to the model, and how."""
-
-    prompt: str
-    system: str | None
-    raw: bool
-    thinking: bool | None
+DEFAULT_MAX_TOKENS = 256
 
 
 def command(
     model: options.Model,
     prompt: Prompt = None,
     file: PromptFile = None,
-    max_tokens: MaxTokens = 256,
+    messages: MessagesFile = None,
+    tools: ToolsFile = None,
+    max_tokens: MaxTokens = None,
     system: System = None,
     raw: Raw = False,
     thinking: Thinking = None,
@@ -81,51 +108,22 @@ def command(
     isa: options.Isa = "auto",
     json: options.Json = False,
 ) -> None:
-    """Generate text on the CPU from a GGUF file or a checkpoint."""
+    """Generate text on the CPU from a GGUF file or a checkpoint; without a prompt, chat on the terminal."""
+    from qwen_quant.cli.prompts import read_request
     from qwen_quant.runtime.sampling import SamplingParams
     from qwen_quant.runtime.session import Session
 
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    conversation = Conversation(read_prompt(prompt, file), system, raw, thinking)
+    request = read_request(
+        prompt, file, messages, tools, system=system, raw=raw, thinking=thinking, json=json
+    )
     session = Session.open(find_file(model), n_threads=threads, isa=isa)
-    ids = prompt_ids(session, conversation)
-    stop_ids = frozenset() if raw else session.eos_ids
-    decoder = session.tokenizer.decoder(skip_special=True)
-    tokens: list[int] = []
-    pieces: list[str] = []
-    room = max(session.n_ctx - len(ids), 0)
-
-    def emit(piece: str) -> None:
-        pieces.append(piece)
-        if not json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-
-    try:
-        for token in session.generate(ids, min(max_tokens, room), sampling, stop_ids):
-            tokens.append(token)
-            emit(decoder.push(token))
-        emit(decoder.finish())
-    finally:
-        if not json and pieces:
-            sys.stdout.write("\n")
-    timings = session.timings
-    if json:
-        from qwen_quant.cli.output import print_json
-
-        print_json(
-            {
-                "text": "".join(pieces),
-                "tokens": tokens,
-                "prompt_tokens": len(ids),
-                "pp_tok_s": timings.pp_tok_s,
-                "tg_tok_s": timings.tg_tok_s,
-                "stop": "length" if len(tokens) == min(max_tokens, room) else "end_of_turn",
-            }
-        )
-    elif sys.stderr.isatty():
-        speed = f"{len(ids)} prompt tokens, {timings.pp_tok_s:.1f} tok/s"
-        print(f"[{speed}; {len(tokens)} generated, {timings.tg_tok_s:.1f} tok/s]", file=sys.stderr)
+    request.check(session.tokenizer)
+    if request.interactive:
+        chat(session, request, sampling, max_tokens)
+    else:
+        answer = go_on if request.is_plain(session.tokenizer) else complete
+        answer(session, request, sampling, DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
 
 
 def find_file(model: str) -> Path:
@@ -140,37 +138,44 @@ def find_file(model: str) -> Path:
     return gguf_of(path) if path.is_dir() else path
 
 
-def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """The prompt from -p, -f or standard input. Raises UsageError unless exactly one is given."""
-    from qwen_quant.errors import QwenQuantError, UsageError
+def chat(session: Session, request: Request, sampling: SamplingParams, max_tokens: int | None) -> None:
+    """Answer line after line on the terminal."""
+    from qwen_quant.cli.chat import Chat
 
-    if (prompt is None) == (file is None):
-        raise UsageError("give the prompt with -p TEXT or -f FILE, one of them")
-    if prompt is not None:
-        return sys.stdin.read() if prompt == "-" else prompt
-    assert file is not None
-    try:
-        return file.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise QwenQuantError(f"{file}: cannot be read ({error.strerror}); name a text file with -f") from None
-    except UnicodeDecodeError as error:
-        raise QwenQuantError(f"{file}: is not UTF-8 text (byte {error.start}); convert it first") from None
+    Chat(conversation_of(session, request, sampling), max_tokens).run()
 
 
-def prompt_ids(session: Session, conversation: Conversation) -> list[int]:
-    """Token ids of the prompt: by the file's chat template when it has one, as plain text with --raw.
+def complete(session: Session, request: Request, sampling: SamplingParams, max_tokens: int) -> None:
+    """Print the answer to a conversation."""
+    from qwen_quant.cli import answers
 
-    Raises UsageError when a system message or thinking is asked for and there is no template to place it.
-    """
-    from qwen_quant.errors import UsageError
+    conversation = conversation_of(session, request, sampling)
+    answers.output(conversation.ask((), max_tokens), request.json)
+    assert conversation.completion is not None
+    answer = conversation.answer
+    parsed = {"message": answer.as_message(), "errors": answer.errors}
+    answers.report(session, conversation.completion, json=request.json, parsed=parsed)
+    for error in answer.errors:
+        answers.note(error)
 
-    tokenizer = session.tokenizer
-    if conversation.raw or tokenizer.chat_template is None:
-        if conversation.system is not None or conversation.thinking is not None:
-            why = "--raw uses no chat template" if conversation.raw else "the file has no chat template"
-            raise UsageError(f"{why}; leave --system and --thinking out")
-        return tokenizer.encode(conversation.prompt, special=True)
-    messages = [{"role": "user", "content": conversation.prompt}]
-    if conversation.system is not None:
-        messages.insert(0, {"role": "system", "content": conversation.system})
-    return tokenizer.apply_chat_template(messages, enable_thinking=conversation.thinking)
+
+def go_on(session: Session, request: Request, sampling: SamplingParams, max_tokens: int) -> None:
+    """Print what the prompt as it stands goes on with."""
+    from qwen_quant.chat_parsing import Piece
+    from qwen_quant.cli import answers
+    from qwen_quant.runtime.conversation import Completion
+
+    ids = session.tokenizer.encode(request.prompt or "", special=True)
+    stop_ids = frozenset() if request.raw else session.eos_ids
+    completion = Completion(session, ids, max_tokens, sampling, stop_ids)
+    answers.output((Piece("content", text) for text in completion), request.json)
+    answers.report(session, completion, json=request.json)
+
+
+def conversation_of(session: Session, request: Request, sampling: SamplingParams) -> Conversation:
+    """The conversation up to what the model answers first."""
+    from qwen_quant.runtime.conversation import Conversation
+
+    return Conversation(
+        session, request.messages, tools=request.tools, thinking=request.thinking, sampling=sampling
+    )

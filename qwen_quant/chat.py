@@ -22,7 +22,8 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from qwen_quant.errors import ConfigError, UsageError
+from qwen_quant.chat_messages import Arguments, json_text
+from qwen_quant.errors import ConfigError
 
 CHATML = (
     "{%- for message in messages %}"
@@ -31,7 +32,8 @@ CHATML = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 
-Messages = Sequence[Mapping[str, Any]]
+# Templates compare roles with these, so they stay readable; any other comes from outside like a content.
+ROLES = frozenset({"system", "user", "assistant", "tool"})
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -77,11 +79,26 @@ class Guard:
         """`hide` every string inside nested lists and objects, keys included."""
         if isinstance(value, str):
             return self.hide(value, keep)
+        if isinstance(value, Arguments):
+            return Arguments(self.hide_all(dict(value), keep), self.hide(json_text(value), keep))
         if isinstance(value, Mapping):
             return {self.hide_all(k, keep): self.hide_all(v, keep) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.hide_all(item, keep) for item in value]
         return value
+
+    def hide_message(self, message: Mapping[str, Any], spoken: re.Pattern[str] | None) -> dict[str, Any]:
+        """`message` hidden but for the tokens `spoken` that an assistant writes in its content.
+
+        Where a template prints such tokens itself, around reasoning and tool calls, there are none to keep.
+        """
+        if message["role"] not in ROLES:
+            return dict(self.hide_all(message, None))
+        hidden = {self.hide(key, None): self.hide_all(value, None) for key, value in message.items()}
+        hidden["role"] = message["role"]
+        if message["role"] == "assistant":
+            hidden["content"] = self.hide_all(message["content"], spoken)
+        return hidden
 
 
 def strings_in(value: Any) -> Iterator[str]:
@@ -95,15 +112,6 @@ def strings_in(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from strings_in(item)
-
-
-def check_messages(messages: Messages) -> None:
-    """Raise UsageError unless `messages` is a non-empty list of objects with a string `role`."""
-    if isinstance(messages, (str, bytes)) or not messages:
-        raise UsageError('messages: empty or not a list; give objects like {"role": "user", "content": "…"}')
-    for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise UsageError(f"messages[{index}]: has no role; give {{'role': 'user', 'content': '…'}}")
 
 
 def render(template: str, where: str, variables: Mapping[str, Any], guard: Guard | None = None) -> str:
@@ -145,6 +153,8 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own filter escapes HTML characters, which models were not trained on."""
+    if isinstance(value, Arguments) and not (ensure_ascii or indent or separators or sort_keys):
+        return json_text(value)
     text = json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from qwen_quant import chat
+from qwen_quant.chat_messages import Messages, Tools, check_tools, normalize
 from qwen_quant.errors import ConfigError, FormatError
 from qwen_quant.tokenizer_files import (
     CONTROL,
@@ -178,42 +179,39 @@ class Tokenizer:
 
     def render_chat(
         self,
-        messages: chat.Messages,
+        messages: Messages,
         *,
         add_generation_prompt: bool = True,
         enable_thinking: bool | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
     ) -> str:
         """The conversation as the model's text, for people to read; ids come from `apply_chat_template`."""
-        chat.check_messages(messages)
-        variables = self._variables(messages, add_generation_prompt, enable_thinking, tools)
+        check_tools(tools)
+        variables = self._variables(normalize(messages), add_generation_prompt, enable_thinking, tools)
         return chat.render(self._template(), self._where, variables)
 
     def apply_chat_template(
         self,
-        messages: chat.Messages,
+        messages: Messages,
         *,
         add_generation_prompt: bool = True,
         enable_thinking: bool | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
     ) -> list[int]:
         """Ids of a conversation, as transformers gives them when no message spells a token.
 
-        Text of a message never becomes an added token, but what an assistant said before keeps the tokens
-        that are not control tokens (`<think>`, `<tool_call>`), because the model had written them as such.
-        Without a template of its own a model gets plain ChatML. Raises ConfigError when the template fails.
+        Messages and tools are in OpenAI's chat format or Hugging Face's: the arguments of a tool call are an
+        object or JSON text, which is printed as it is. Text of a message or a tool never becomes an added
+        token, but an assistant's content keeps those that are not control tokens (`<think>`, `<tool_call>`),
+        because the model had written them as such. Without a template of its own a model gets plain ChatML.
+        Raises UsageError for malformed messages or tools, ConfigError when the template fails.
         """
-        chat.check_messages(messages)
+        messages = normalize(messages)
+        check_tools(tools)
         contents = [token.content for token in self.added_tokens.values()]
         outside = [*chat.strings_in(messages), *chat.strings_in(tools), self._template()]
         guard = chat.Guard.for_texts([c[0] for c in contents] + [c[-1] for c in contents], outside)
-        hidden = [
-            {
-                key: guard.hide_all(value, self._spoken_pattern if message["role"] == "assistant" else None)
-                for key, value in message.items()
-            }
-            for message in messages
-        ]
+        hidden = [guard.hide_message(message, self._spoken_pattern) for message in messages]
         variables = self._variables(
             hidden, add_generation_prompt, enable_thinking, guard.hide_all(tools, None)
         )
@@ -229,10 +227,10 @@ class Tokenizer:
 
     def _variables(
         self,
-        messages: chat.Messages,
+        messages: Messages,
         add_generation_prompt: bool,
         enable_thinking: bool | None,
-        tools: Sequence[Mapping[str, Any]] | None,
+        tools: Tools | None,
     ) -> dict[str, Any]:
         thinking = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         common = {"messages": messages, "tools": tools, "documents": None}

@@ -61,6 +61,10 @@ void bind_engine(nb::module_& m) {
              nb::arg("path"), nb::arg("n_threads") = 0, nb::arg("isa") = "auto", nb::arg("n_ctx") = 0)
         .def("forward", &forward, nb::arg("tokens"), nb::arg("n_past"), nb::arg("all_logits") = false,
              "Appends tokens after the first n_past of the context; logits [V] of the last, or [T, V] of all.")
+        .def("truncate", [](Engine& e, int64_t n_tokens) {
+            const auto request = begin_request(e);
+            e.truncate(n_tokens);
+        }, nb::arg("n_tokens"))
         .def("reset", [](Engine& e) {
             const auto request = begin_request(e);
             e.reset();

@@ -62,6 +62,14 @@ void Engine::reset() {
     kv_.clear();
 }
 
+void Engine::truncate(int64_t n_tokens) {
+    if (n_tokens < 0 || n_tokens > n_past_) {
+        throw RunError("cannot keep " + std::to_string(n_tokens) + " tokens, the context holds " +
+                       std::to_string(n_past_));
+    }
+    n_past_ = n_tokens;
+}
+
 void Engine::begin(const int32_t* tokens, int64_t n_tokens, int64_t n_past) {
     if (n_tokens < 1) throw RunError("no tokens given; a prompt needs at least one");
     if (n_past < 0 || n_past > n_past_) {

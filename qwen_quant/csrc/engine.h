@@ -25,13 +25,14 @@ public:
     // n_threads 0: as many as the process may use. n_ctx 0: what the model was made for.
     Engine(std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx);
 
-    // Held by the caller for a whole request: one call to begin and the steps that follow, or a reset.
+    // Held by the caller for a whole request: one call to begin and the steps that follow, or a reset or truncate.
     std::mutex& request() { return request_; }
 
     // Checks tokens and context for a whole request, before its first chunk, and forgets what lies beyond n_past.
     void begin(const int32_t* tokens, int64_t n_tokens, int64_t n_past);
     // Appends up to kChunk tokens to the context. logits: [n_vocab] or [n_tokens, n_vocab] as asked.
     void step(const int32_t* tokens, int64_t n_tokens, Logits which, float* logits);
+    void truncate(int64_t n_tokens);  // forgets what lies beyond the first n_tokens of the context
     void reset();
 
     const ModelConfig& config() const { return model_.config; }

@@ -54,6 +54,7 @@ class Session:
         self.file = file
         self.engine = engine
         self.timings = Timings()
+        self._tokens: list[int] = []
 
     @classmethod
     def open(
@@ -93,6 +94,11 @@ class Session:
         """Tokens in the context now."""
         return self.engine.n_past
 
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The ids of the context, n_past of them."""
+        return self._tokens
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer stored in the file."""
@@ -112,6 +118,23 @@ class Session:
     def reset(self) -> None:
         """Forgets the context and frees its cache."""
         self.engine.reset()
+        self._tokens.clear()
+
+    def truncate(self, n_tokens: int) -> None:
+        """Keeps the first `n_tokens` of the context. Raises QwenQuantError when it holds fewer."""
+        self.engine.truncate(n_tokens)
+        del self._tokens[n_tokens:]
+
+    def keep_shared(self, tokens: Sequence[int]) -> Sequence[int]:
+        """Keeps what the context and `tokens` begin with alike; returns the rest, which is to be prefilled.
+
+        The rest has at least one token, because the logits that follow it are not kept.
+        """
+        limit = max(min(len(self._tokens), len(tokens) - 1), 0)
+        pairs = zip(self._tokens[:limit], tokens, strict=False)
+        shared = next((i for i, (old, new) in enumerate(pairs) if old != new), limit)
+        self.truncate(shared)
+        return tokens[shared:]
 
     def prefill(self, tokens: Sequence[int] | npt.NDArray[Any]) -> Logits:
         """Appends tokens to the context; logits [V] of the last.
@@ -119,7 +142,11 @@ class Session:
         Raises QwenQuantError when there are none, an id is outside the vocabulary, or the context is full.
         Ctrl-C is seen between chunks of 256 tokens.
         """
-        return self.engine.forward(as_token_ids(tokens), self.engine.n_past)
+        ids, n_past = as_token_ids(tokens), self.engine.n_past
+        try:
+            return self.engine.forward(ids, n_past)
+        finally:  # an interrupted prompt has been read in part
+            self._tokens[n_past:] = ids[: self.engine.n_past - n_past].tolist()
 
     def step(self, token: int) -> Logits:
         """Appends one token to the context; logits [V] of what follows it. Raises as `prefill` does."""
@@ -127,7 +154,12 @@ class Session:
 
     def logits(self, tokens: Sequence[int] | npt.NDArray[Any]) -> Logits:
         """Logits [T, V] at every position of `tokens` [T], in a fresh context. Raises as `prefill` does."""
-        return self.engine.forward(as_token_ids(tokens), 0, all_logits=True)
+        ids = as_token_ids(tokens)
+        self.truncate(0)
+        try:
+            return self.engine.forward(ids, 0, all_logits=True)
+        finally:
+            self._tokens[:] = ids[: self.engine.n_past].tolist()
 
     def generate(
         self,
@@ -138,13 +170,14 @@ class Session:
     ) -> Iterator[int]:
         """Appends the prompt, then yields up to `max_tokens` tokens, ending before one of `stop_ids`.
 
-        Afterwards, and while it runs, `timings` tells what it took. Raises as `prefill` does.
+        The repetition penalty sees the whole context. Afterwards, and while it runs, `timings` tells what it
+        took. Raises as `prefill` does.
         """
         sampler = Sampler(sampling or SamplingParams())
-        history = list(prompt_tokens)
-        self.timings = timings = Timings(prompt_tokens=len(history))
+        history = [*self._tokens, *prompt_tokens]
+        self.timings = timings = Timings(prompt_tokens=len(prompt_tokens))
         start = time.perf_counter()
-        logits = self.prefill(history)
+        logits = self.prefill(prompt_tokens)
         timings.pp_s = time.perf_counter() - start
         for index in range(max_tokens):
             start = time.perf_counter()
