@@ -3,6 +3,7 @@ are llama.cpp's for the same file."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import torch
 from helpers.torch_greedy import greedy
 
 from qwen_quant.checkpoint import Checkpoint
+from qwen_quant.cli import main
+from qwen_quant.errors import QwenQuantError
 from qwen_quant.exporters.gguf import export_gguf
 from qwen_quant.exporters.gguf_tensors import gguf_name
 from qwen_quant.model import load_model
@@ -133,9 +136,6 @@ def test_greedy_text_and_logits_of_the_reference(made: Callable[[str], Made], fa
     with torch.no_grad():
         reference = model(torch.tensor([tokens]))[0].numpy()
     assert np.abs(session.logits(tokens) - reference).max() < 0.02
-    best = np.sort(reference, axis=1)[:, -2:]
-    print(family, np.abs(session.logits(tokens) - reference).max(), (best[:,1]-best[:,0])[len(prompt)-1:].min(), reference.std())
-    assert 0
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:  # [T, V]
@@ -158,8 +158,45 @@ def llama_cpp_gaps(path: Path, tokens: list[int]) -> np.ndarray:
 
 
 @EVERY
-@pytest.mark.parametrize("ft",["F32", "F16", "BF16", "Q8_0","Q4_0","Q4_1"])
-def test_probabilities_of_llama_cpp(made: Callable[[str], Made], family: str, ft) -> None:
-    g= llama_cpp_gaps(made(family).file(ft), made(family).tokens(TEXT)) 
-    print("XX", family, ft, g.max(), np.median(g), np.sort(g.max(1))[-5:])
-    assert 0
+def test_probabilities_of_llama_cpp(made: Callable[[str], Made], family: str) -> None:
+    """The engine keeps keys and values in FP16, llama.cpp rounds activations to FP16 in its products."""
+    gaps = llama_cpp_gaps(made(family).file("F16"), made(family).tokens(TEXT))
+    assert np.median(gaps) < 0.005
+    assert gaps.max() < 0.02
+
+
+@SPARSE
+@pytest.mark.parametrize("file_type", ["Q8_0", "Q4_0"])
+def test_quantized_experts_as_in_llama_cpp(made: Callable[[str], Made], family: str, file_type: str) -> None:
+    """Both round activations to 8 bits, in their own ways; now and then that leads to another expert."""
+    gaps = llama_cpp_gaps(made(family).file(file_type), made(family).tokens(TEXT))
+    assert np.median(gaps) < 0.1
+    assert np.quantile(gaps, 0.95) < 0.3
+
+
+def test_qwen1_is_not_run_beyond_its_context(made: Callable[[str], Made]) -> None:
+    path = made("qwen").file("F16")
+    with pytest.raises(QwenQuantError, match="n_ctx 513 exceeds the context_length of 512"):
+        Session.open(path, n_ctx=513)
+    with pytest.raises(
+        QwenQuantError, match="exceed the context of 512; shorten the prompt or generate less$"
+    ):
+        Session.open(path).prefill([1] * 513)
+
+
+@SPARSE
+def test_experts_on_the_command_line(
+    made: Callable[[str], Made], family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path, folder = made(family).file("F16"), made(family).checkpoint.folder
+    texts = []
+    for model in (path, folder):
+        assert main(["run", str(model), "-p", PROMPT, "--raw", "-n", "8", "--json"]) == 0
+        texts.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 8
+    options = ["--ctx", "64", "--max-windows", "2", "--json"]
+    assert main(["eval", str(path), "--reference", str(folder), *options]) == 0
+    assert json.loads(capsys.readouterr().out)["kld_mean"] < 1e-3
