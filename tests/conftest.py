@@ -65,6 +65,16 @@ def write_random_checkpoint(folder: Path, config: dict, seed: int = 0, shards: i
     return folder
 
 
+@pytest.fixture(scope="session")
+def write_checkpoint() -> Callable[..., Path]:
+    """write_checkpoint(folder, seed=…, shards=…): as `make_checkpoint`, in a folder of the caller's."""
+
+    def write(folder: Path, seed: int = 0, shards: int = 1, **changes: object) -> Path:
+        return write_random_checkpoint(folder, {**TINY, **changes}, seed, shards)
+
+    return write
+
+
 @pytest.fixture
 def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """A function that writes a random tiny checkpoint; keyword arguments override its config."""

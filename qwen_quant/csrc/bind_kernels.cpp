@@ -1,4 +1,5 @@
 // Single kernels, so that tests can hold each against NumPy.
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -10,6 +11,7 @@
 #include "bind.h"
 #include "buffer.h"
 #include "error.h"
+#include "experts.h"
 #include "kernels.h"
 #include "packed.h"
 
@@ -168,6 +170,18 @@ FloatArray attention(const Matrix2& q, const Matrix2& keys, const Matrix2& value
     return out;
 }
 
+std::pair<std::vector<int32_t>, std::vector<float>> chosen_experts(const std::vector<float>& logits, int64_t n_used,
+                                                                   bool normalize) {
+    const int64_t n = static_cast<int64_t>(logits.size());
+    if (n_used < 1 || n_used > n) {
+        throw RunError("cannot choose " + std::to_string(n_used) + " of " + std::to_string(n) + " experts");
+    }
+    std::vector<int32_t> experts(static_cast<size_t>(n_used));
+    std::vector<float> weights(experts.size());
+    choose_experts(logits.data(), n, n_used, normalize, experts.data(), weights.data());
+    return {experts, weights};
+}
+
 std::vector<std::string> cpu_isas() {
     std::vector<std::string> names;
     for (const char* const* name = available_isas(); *name; ++name) names.emplace_back(*name);
@@ -203,6 +217,8 @@ void bind_kernels(nb::module_& m) {
     m.def("quantize_activations", &quantize_activations, nb::arg("x"), isa);
     m.def("rms_norm", &rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), isa);
     m.def("swiglu", &swiglu, nb::arg("gate"), nb::arg("up"), isa);
+    m.def("choose_experts", &chosen_experts, nb::arg("logits"), nb::arg("n_used"), nb::arg("normalize"),
+          "A token's experts, the likeliest first, and their weights.");
     m.def("attention", &attention, nb::arg("q"), nb::arg("keys"), nb::arg("values"), isa);
 }
 

@@ -24,8 +24,22 @@ int thread_count(int asked) {
     return asked ? asked : usable_cpus();
 }
 
+int64_t context_or_fail(const GgufFile& file, const ModelConfig& c, int64_t asked) {
+    if (c.context_is_limit && asked > c.context) {
+        throw RunError(file.path() + ": n_ctx " + std::to_string(asked) + " exceeds the context_length of " +
+                       std::to_string(c.context) + ", beyond which a " + c.architecture +
+                       " file does not say how to attend; use a smaller n_ctx");
+    }
+    return asked > 0 ? asked : c.context;
+}
+
 int64_t widest_input(const ModelConfig& c) {
     return std::max({c.hidden, c.intermediate, c.n_heads * c.head_dim});
+}
+
+// Floats per token between the feed-forward's gate and down projections, of all the token's experts.
+int64_t gated_width(const ModelConfig& c) {
+    return c.experts.count ? c.experts.used * c.experts.intermediate + c.experts.shared_intermediate : c.intermediate;
 }
 
 }  // namespace
@@ -36,7 +50,7 @@ Engine::Engine(std::shared_ptr<GgufFile> file, int n_threads, const std::string&
       model_(load_model(*file_, *kernels_)),
       team_(thread_count(n_threads)),
       kv_(model_.config.n_layers, model_.config.n_kv_heads, model_.config.head_dim),
-      n_ctx_(n_ctx > 0 ? n_ctx : model_.config.context),
+      n_ctx_(context_or_fail(*file_, model_.config, n_ctx)),
       scratch_(static_cast<size_t>(team_.size())),
       rope_frequencies_(inverse_frequencies(model_.config.rope, model_.config.head_dim)) {
     packed_ = pack_weights(model_, *file_, *kernels_, team_);
@@ -50,10 +64,13 @@ size_t Engine::weight_bytes() const {
 
 size_t Engine::scratch_bytes() const {
     size_t total = (rope_cos_.size() + rope_sin_.size()) * sizeof(float);
-    for (const Buffer* b : {&hidden_, &qkv_, &attended_, &gate_, &up_, &residual_, &shared_floats_, &shared_int8_}) {
+    for (const Buffer* b : {&hidden_, &qkv_, &attended_, &gate_, &up_, &residual_, &shared_floats_, &shared_int8_,
+                            &router_logits_, &choices_, &gathered_floats_, &gathered_int8_, &gated_int8_}) {
         total += b->bytes();
     }
-    for (const Scratch& s : scratch_) total += s.activations.bytes() + s.int8.bytes() + s.attention.bytes();
+    for (const Scratch& s : scratch_) {
+        for (const Buffer* b : {&s.activations, &s.int8, &s.attention, &s.choices, &s.gated_int8}) total += b->bytes();
+    }
     return total;
 }
 
@@ -84,8 +101,11 @@ void Engine::begin(const int32_t* tokens, int64_t n_tokens, int64_t n_past) {
         }
     }
     if (n_tokens > n_ctx_ - n_past) {
+        const ModelConfig& c = model_.config;
         throw RunError(file_->path() + ": " + std::to_string(n_past + n_tokens) + " tokens exceed the context of " +
-                       std::to_string(n_ctx_) + "; shorten the prompt, generate less, or raise n_ctx");
+                       std::to_string(n_ctx_) + "; shorten the prompt" +
+                       (c.context_is_limit && n_ctx_ == c.context ? " or generate less"
+                                                                  : ", generate less, or raise n_ctx"));
     }
     n_past_ = n_past;
 }
@@ -121,10 +141,10 @@ void Engine::reserve_scratch(int64_t n_tokens) {
     residual_ = Buffer(rows * c.hidden * sizeof(float));
     qkv_ = Buffer(rows * (q_dim + 2 * kv_dim) * sizeof(float));
     attended_ = Buffer(rows * q_dim * sizeof(float));
-    gate_ = Buffer(rows * c.intermediate * sizeof(float));
-    up_ = Buffer(rows * c.intermediate * sizeof(float));
+    gate_ = Buffer(rows * gated_width(c) * sizeof(float));
+    up_ = Buffer(rows * gated_width(c) * sizeof(float));
     shared_floats_ = Buffer(rows * c.hidden * sizeof(float));
-    shared_int8_ = Buffer(rows * ((q8_row_bytes(width) + 63) / 64 * 64));
+    shared_int8_ = Buffer(rows * int8_stride(width));
     for (Scratch& s : scratch_) {
         s.activations = Buffer(width * sizeof(float));
         s.int8 = Buffer(q8_row_bytes(width));
@@ -132,6 +152,7 @@ void Engine::reserve_scratch(int64_t n_tokens) {
         const int64_t attention_rows = kTokenGroup * (c.n_heads / c.n_kv_heads);
         s.attention = Buffer(static_cast<size_t>(attention_rows * (2 * c.head_dim + kKeyBlock + 3)) * sizeof(float));
     }
+    if (c.experts.count > 0) reserve_expert_scratch(n_tokens);
     capacity_ = n_tokens;
 }
 

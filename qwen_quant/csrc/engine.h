@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "experts.h"
 #include "gguf.h"
 #include "kernels.h"
 #include "kv_cache.h"
@@ -52,11 +53,34 @@ private:
         int64_t ld;  // floats per row
         uint8_t* int8;
         size_t int8_row_bytes;
+
+        Activations from_row(int64_t row) const {
+            return {floats + row * ld, ld, int8 + static_cast<size_t>(row) * int8_row_bytes, int8_row_bytes};
+        }
     };
+    // Of each token [n_tokens]: its experts and their weights [used], and the weight of the shared expert.
+    struct Choices {
+        int32_t* experts;
+        float* weights;
+        float* shared;
+    };
+    // Tokens that go through one expert together.
+    struct ExpertBatch {
+        const Mlp* mlp;
+        int64_t n;
+        const int32_t* tokens;  // [n] of the step; nullptr: all of them
+        const float* weights;   // [n]: how much of the expert's output they take
+        Activations x;          // [n, hidden]
+        Activations gated;      // [n, the expert's intermediate]: what its down projection reads
+    };
+    static constexpr int64_t kRowUnit = 16;    // threads take whole groups of packed rows, whatever these have in lanes
     static constexpr int64_t kKeyBlock = 64;   // cache positions per softmax block; divides a page
     static constexpr int64_t kTokenGroup = 4;  // tokens that share each read of a key and value
     struct Scratch {  // of one thread
         Buffer activations, int8, attention;
+        Buffer choices, gated_int8;  // of a single token
+        ExpertOrder order;
+        std::vector<ExpertBatch> batches;
     };
     struct StepState {
         const int32_t* tokens;
@@ -67,6 +91,7 @@ private:
     };
 
     void reserve_scratch(int64_t n_tokens);
+    void reserve_expert_scratch(int64_t n_tokens);
     void extend_rope_tables(int64_t n_tokens);
 
     // What each thread runs.
@@ -78,6 +103,13 @@ private:
     void attend_group(int id, const StepState& s, int64_t layer, int64_t kv_head, int64_t t0, int64_t t1);
     void project_residual(int id, const StepState& s, const Matrix& weight, float* source);
     void feed_forward(int id, const StepState& s, int64_t layer);
+    void feed_forward_experts(int id, const StepState& s, int64_t layer);
+    Choices route(int id, const StepState& s, const Layer& layer, const Activations& x);
+    void collect_batches(int id, const StepState& s, const Layer& layer, const Activations& x, const Choices& choices);
+    Activations gathered(int id, const StepState& s, const Layer& layer, const Activations& x);
+    void gate_experts(int id);
+    void quantize_gated(int id, const StepState& s);
+    void project_experts(int id);
     void output(int id, const StepState& s);
 
     Activations normalized(int id, const float* x, int64_t n_tokens, const std::vector<float>& weight, int64_t layer,
@@ -99,6 +131,7 @@ private:
     int64_t capacity_ = 0;              // tokens that the buffers below are made for
     Buffer hidden_, qkv_, attended_, gate_, up_, residual_;
     Buffer shared_floats_, shared_int8_;
+    Buffer router_logits_, choices_, gathered_floats_, gathered_int8_, gated_int8_;  // with experts
     std::vector<Scratch> scratch_;
     std::vector<float> rope_frequencies_;     // radians per position [head_dim / 2]
     std::vector<float> rope_cos_, rope_sin_;  // [positions, head_dim / 2]

@@ -10,12 +10,6 @@
 
 namespace qq {
 
-namespace {
-
-constexpr int64_t kRowUnit = 16;  // threads take whole groups of packed rows, however many lanes these have
-
-}  // namespace
-
 void Engine::walk(int id, const StepState& s) {
     embed(id, s);
     team_.barrier();
@@ -26,9 +20,11 @@ void Engine::walk(int id, const StepState& s) {
         team_.barrier();
         project_residual(id, s, model_.layers[layer].o, attended_.as<float>());
         team_.barrier();
-        feed_forward(id, s, layer);
-        team_.barrier();
-        project_residual(id, s, model_.layers[layer].down, gate_.as<float>());
+        if (model_.config.experts.count > 0) {
+            feed_forward_experts(id, s, layer);
+        } else {
+            feed_forward(id, s, layer);
+        }
         team_.barrier();
     }
     output(id, s);
@@ -59,7 +55,7 @@ Engine::Activations Engine::normalized(int id, const float* x, int64_t n_tokens,
     a.floats = alone ? scratch_[id].activations.as<float>() : shared_floats_.as<float>();
     a.ld = k;
     a.int8 = alone ? scratch_[id].int8.data() : shared_int8_.data();
-    a.int8_row_bytes = (q8_row_bytes(k) + 63) / 64 * 64;
+    a.int8_row_bytes = int8_stride(k);
     const Range tokens = alone ? Range{0, 1} : share(n_tokens, id, team_.size());
     for (int64_t t = tokens.begin; t < tokens.end; ++t) {
         float* out = a.floats + t * k;
@@ -77,7 +73,7 @@ Engine::Activations Engine::prepared(int id, float* x, int64_t k, int64_t n_toke
     a.floats = x;
     a.ld = k;
     a.int8 = alone ? scratch_[id].int8.data() : shared_int8_.data();
-    a.int8_row_bytes = (q8_row_bytes(k) + 63) / 64 * 64;
+    a.int8_row_bytes = int8_stride(k);
     if (!int8) return a;
     const Range tokens = alone ? Range{0, 1} : share(n_tokens, id, team_.size());
     for (int64_t t = tokens.begin; t < tokens.end; ++t) {
@@ -217,16 +213,19 @@ void Engine::project_residual(int id, const StepState& s, const Matrix& weight, 
 
 void Engine::feed_forward(int id, const StepState& s, int64_t index) {
     const Layer& layer = model_.layers[index];
+    const Mlp& mlp = layer.mlp;
     const int64_t n = model_.config.intermediate;
-    const bool int8 = wants_int8(layer.gate) || wants_int8(layer.up);
+    const bool int8 = wants_int8(mlp.gate) || wants_int8(mlp.up);
     const Activations x = normalized(id, hidden_.as<float>(), s.n_tokens, layer.ffn_norm, index, int8);
     const Range rows = share(n, id, team_.size(), kRowUnit);
-    multiply(layer.gate, rows, x, s.n_tokens, gate_.as<float>(), n);
-    multiply(layer.up, rows, x, s.n_tokens, up_.as<float>(), n);
+    multiply(mlp.gate, rows, x, s.n_tokens, gate_.as<float>(), n);
+    multiply(mlp.up, rows, x, s.n_tokens, up_.as<float>(), n);
     for (int64_t t = 0; t < s.n_tokens; ++t) {
         const int64_t at = t * n + rows.begin;
         kernels_->swiglu(gate_.as<float>() + at, up_.as<float>() + at, rows.end - rows.begin);
     }
+    team_.barrier();
+    project_residual(id, s, mlp.down, gate_.as<float>());
 }
 
 void Engine::output(int id, const StepState& s) {

@@ -57,6 +57,7 @@ public:
     // Typed access for the model's configuration; a wrong type is a FormatError naming the key.
     bool has(const std::string& key) const { return find(key) != nullptr; }
     int64_t get_int(const std::string& key) const;
+    bool get_bool(const std::string& key) const;
     double get_float(const std::string& key) const;
     std::string get_string(const std::string& key) const;
 

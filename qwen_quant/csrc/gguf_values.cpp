@@ -44,6 +44,12 @@ int64_t GgufFile::get_int(const std::string& key) const {
     }
 }
 
+bool GgufFile::get_bool(const std::string& key) const {
+    const GgufValue& value = required(*this, key);
+    if (value.type != kBool) fail("key '" + key + "'", "not a boolean", kExportAgain);
+    return *value.data != 0;
+}
+
 double GgufFile::get_float(const std::string& key) const {
     const GgufValue& value = required(*this, key);
     if (value.type == kF32Value) return load<float>(value.data);

@@ -16,6 +16,9 @@ namespace qq {
 // codes, and scale * sum (float), which a minimum is multiplied with.
 static inline size_t q8_row_bytes(int64_t k) { return static_cast<size_t>(k + k / kBlock * 20); }
 
+// From one such row to the next: each begins on a cache line of its own.
+static inline size_t int8_stride(int64_t k) { return (q8_row_bytes(k) + 63) / 64 * 64; }
+
 // Fills in the three arrays that follow from the first two.
 static inline void complete_q8_row(int64_t k, uint8_t* row) {
     const int64_t n = k / kBlock;

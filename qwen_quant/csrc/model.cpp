@@ -1,21 +1,30 @@
-#include "model.h"
-
+// The configuration out of a file's metadata.
 #include <cmath>
-#include <unordered_set>
+
+#include "model.h"
 
 namespace qq {
 
 namespace {
 
+enum class Bias { kNone, kAlways, kMaybe };  // of q, k and v
+enum class Experts { kNone, kShared, kRouted };  // kShared: and one that sees every token
+
 // What tells one architecture from another.
 struct Architecture {
     const char* name;
-    bool attention_bias, qk_norm;
+    Bias bias;
+    bool qk_norm;
+    Experts experts;
+    bool qwen1;  // q, k and v are one tensor, the head is its own, feed_forward_length counts gate and up together
 };
 
 constexpr Architecture kArchitectures[] = {
-    {"qwen2", true, false},
-    {"qwen3", false, true},
+    {"qwen", Bias::kAlways, false, Experts::kNone, true},
+    {"qwen2", Bias::kAlways, false, Experts::kNone, false},
+    {"qwen2moe", Bias::kMaybe, false, Experts::kShared, false},
+    {"qwen3", Bias::kNone, true, Experts::kNone, false},
+    {"qwen3moe", Bias::kNone, true, Experts::kRouted, false},
 };
 
 const Architecture& find_architecture(const GgufFile& file) {
@@ -23,8 +32,11 @@ const Architecture& find_architecture(const GgufFile& file) {
     for (const Architecture& a : kArchitectures) {
         if (name == a.name) return a;
     }
-    file.fail("key 'general.architecture'", "'" + name + "' is not supported", "use a qwen2 or qwen3 model");
+    file.fail("key 'general.architecture'", "'" + name + "' is not supported",
+              "use a qwen, qwen2, qwen2moe, qwen3 or qwen3moe model");
 }
+
+constexpr int64_t kLimit = 1 << 24;  // of a width
 
 // Reads `<architecture>.<name>` keys.
 class ConfigReader {
@@ -42,6 +54,8 @@ public:
     int64_t size_or(const char* name, int64_t otherwise, int64_t limit) const {
         return has(name) ? size(name, limit) : otherwise;
     }
+
+    bool flag(const char* name) const { return file_.get_bool(prefix_ + name); }
 
     double number(const char* name) const { return file_.get_float(prefix_ + name); }
 
@@ -122,17 +136,61 @@ RopeConfig read_rope(const ConfigReader& in, int64_t head_dim, int64_t context) 
     return rope;
 }
 
+// Of the feed-forward lengths, `feed_forward_length` stands for those that are missing, as in llama.cpp.
+ExpertConfig read_experts(const ConfigReader& in, Experts kind) {
+    ExpertConfig e;
+    e.count = in.size("expert_count", 1 << 12);
+    e.used = in.size("expert_used_count", 1 << 12);
+    if (e.used > e.count) {
+        in.fail("expert_used_count", std::to_string(e.used) + " is more than the " + std::to_string(e.count) +
+                                         " experts of expert_count");
+    }
+    e.intermediate = in.has("expert_feed_forward_length") ? in.size("expert_feed_forward_length", kLimit)
+                                                          : in.size("feed_forward_length", kLimit) / e.used;
+    if (kind == Experts::kShared) {
+        e.shared_intermediate = in.has("expert_shared_feed_forward_length")
+                                    ? in.size("expert_shared_feed_forward_length", kLimit)
+                                    : in.size("feed_forward_length", kLimit);
+    }
+    e.normalize = kind == Experts::kRouted;
+    if (in.has("expert_weights_norm") && in.flag("expert_weights_norm") != e.normalize) {
+        in.fail("expert_weights_norm", "is not this architecture's");
+    }
+    if (in.has("expert_weights_scale") && in.positive("expert_weights_scale") != 1) {
+        in.fail("expert_weights_scale", "other values than 1 are not supported");
+    }
+    constexpr int64_t kSoftmax = 1;  // llama.cpp's number
+    if (in.has("expert_gating_func") && in.size("expert_gating_func", 1 << 8) != kSoftmax) {
+        in.fail("expert_gating_func", "is not softmax");
+    }
+    return e;
+}
+
+int64_t read_dense_intermediate(const ConfigReader& in, bool qwen1) {
+    const int64_t length = in.size("feed_forward_length", kLimit);
+    if (!qwen1) return length;
+    if (length % 2 != 0) in.fail("feed_forward_length", "is odd, but counts gate and up together");
+    return length / 2;
+}
+
+}  // namespace
+
 ModelConfig read_config(const GgufFile& file) {
     const Architecture& architecture = find_architecture(file);
     const ConfigReader in(file, architecture.name);
-    constexpr int64_t kLimit = 1 << 24;
     ModelConfig c{};
     c.architecture = architecture.name;
-    c.attention_bias = architecture.attention_bias;
+    c.attention_bias = architecture.bias == Bias::kAlways ||
+                       (architecture.bias == Bias::kMaybe && file.find_tensor("blk.0.attn_q.bias"));
     c.qk_norm = architecture.qk_norm;
+    c.fused_qkv = c.own_head = c.context_is_limit = architecture.qwen1;
     c.n_layers = in.size("block_count", 4096);
     c.hidden = in.size("embedding_length", kLimit);
-    c.intermediate = in.size("feed_forward_length", kLimit);
+    if (architecture.experts == Experts::kNone) {
+        c.intermediate = read_dense_intermediate(in, architecture.qwen1);
+    } else {
+        c.experts = read_experts(in, architecture.experts);
+    }
     c.n_heads = in.size("attention.head_count", 1 << 16);
     c.n_kv_heads = in.size_or("attention.head_count_kv", c.n_heads, 1 << 16);
     if (c.n_heads % c.n_kv_heads != 0) in.fail("attention.head_count_kv", "does not divide the number of heads");
@@ -152,113 +210,6 @@ ModelConfig read_config(const GgufFile& file) {
         if (window > 0 && window < c.context) c.context = window;
     }
     return c;
-}
-
-class WeightLoader {
-public:
-    WeightLoader(const GgufFile& file, const Kernels& kernels) : file_(file), kernels_(kernels) {}
-
-    bool has(const std::string& name) const { return file_.find_tensor(name) != nullptr; }
-
-    Matrix matrix(const std::string& name, int64_t rows, int64_t cols) {
-        const GgufTensor& tensor = find(name, {rows, cols});
-        const TypeInfo* info = type_info(tensor.type);
-        Matrix m;
-        m.data = tensor.data;
-        m.type = tensor.type;
-        m.rows = tensor.shape[0];
-        m.cols = cols;
-        m.row_bytes = static_cast<size_t>(cols / info->block) * info->bytes;
-        return m;
-    }
-
-    std::vector<float> vector(const std::string& name, int64_t n) {
-        const GgufTensor& tensor = find(name, {n});
-        std::vector<float> values(static_cast<size_t>(n));
-        kernels_.types[tensor.type].dequantize(tensor.data, n, values.data());
-        for (float v : values) {
-            if (!std::isfinite(v)) fail(name, "holds a value that is not finite");
-        }
-        return values;
-    }
-
-    void check_all_used() const {
-        for (const GgufTensor& tensor : file_.tensors()) {
-            if (!used_.count(tensor.name)) fail(tensor.name, "has no place in this architecture");
-        }
-    }
-
-private:
-    [[noreturn]] void fail(const std::string& name, const std::string& problem) const {
-        file_.fail("tensor '" + name + "'", problem, "export the file again from a complete, supported checkpoint");
-    }
-
-    // A negative dimension stands for "whatever the file says".
-    const GgufTensor& find(const std::string& name, const std::vector<int64_t>& shape) {
-        const GgufTensor* tensor = file_.find_tensor(name);
-        if (!tensor) fail(name, "missing");
-        bool equal = tensor->shape.size() == shape.size();
-        for (size_t i = 0; equal && i < shape.size(); ++i) equal = shape[i] < 0 || tensor->shape[i] == shape[i];
-        if (!equal) fail(name, "has shape " + text(tensor->shape) + ", the configuration asks for " + text(shape));
-        if (!kernels_.types[tensor->type].matmul) {
-            fail(name, std::string("type ") + type_info(tensor->type)->name + " is not supported");
-        }
-        used_.insert(name);
-        return *tensor;
-    }
-
-    static std::string text(const std::vector<int64_t>& shape) {
-        std::string out = "[";
-        for (size_t i = 0; i < shape.size(); ++i) {
-            out += (i ? ", " : "") + (shape[i] < 0 ? std::string("*") : std::to_string(shape[i]));
-        }
-        return out + "]";
-    }
-
-    const GgufFile& file_;
-    const Kernels& kernels_;
-    std::unordered_set<std::string> used_;
-};
-
-Layer load_layer(WeightLoader& load, const ModelConfig& c, int64_t index) {
-    const std::string prefix = "blk." + std::to_string(index) + ".";
-    const int64_t q_dim = c.n_heads * c.head_dim, kv_dim = c.n_kv_heads * c.head_dim;
-    Layer layer;
-    layer.attn_norm = load.vector(prefix + "attn_norm.weight", c.hidden);
-    layer.q = load.matrix(prefix + "attn_q.weight", q_dim, c.hidden);
-    layer.k = load.matrix(prefix + "attn_k.weight", kv_dim, c.hidden);
-    layer.v = load.matrix(prefix + "attn_v.weight", kv_dim, c.hidden);
-    layer.o = load.matrix(prefix + "attn_output.weight", c.hidden, q_dim);
-    if (c.attention_bias) {
-        layer.q_bias = load.vector(prefix + "attn_q.bias", q_dim);
-        layer.k_bias = load.vector(prefix + "attn_k.bias", kv_dim);
-        layer.v_bias = load.vector(prefix + "attn_v.bias", kv_dim);
-    }
-    if (c.qk_norm) {
-        layer.q_norm = load.vector(prefix + "attn_q_norm.weight", c.head_dim);
-        layer.k_norm = load.vector(prefix + "attn_k_norm.weight", c.head_dim);
-    }
-    layer.ffn_norm = load.vector(prefix + "ffn_norm.weight", c.hidden);
-    layer.gate = load.matrix(prefix + "ffn_gate.weight", c.intermediate, c.hidden);
-    layer.up = load.matrix(prefix + "ffn_up.weight", c.intermediate, c.hidden);
-    layer.down = load.matrix(prefix + "ffn_down.weight", c.hidden, c.intermediate);
-    return layer;
-}
-
-}  // namespace
-
-Model load_model(const GgufFile& file, const Kernels& kernels) {
-    Model model;
-    model.config = read_config(file);
-    ModelConfig& c = model.config;
-    WeightLoader load(file, kernels);
-    model.embedding = load.matrix("token_embd.weight", -1, c.hidden);
-    c.n_vocab = model.embedding.rows;
-    model.head = load.has("output.weight") ? load.matrix("output.weight", c.n_vocab, c.hidden) : model.embedding;
-    model.output_norm = load.vector("output_norm.weight", c.hidden);
-    for (int64_t i = 0; i < c.n_layers; ++i) model.layers.push_back(load_layer(load, c, i));
-    load.check_all_used();
-    return model;
 }
 
 }  // namespace qq

@@ -24,7 +24,13 @@ std::vector<Matrix*> matrices_to_pack(Model& model, const Kernels& kernels) {
     };
     for (Layer& layer : model.layers) {
         for (Matrix* m : {&layer.q, &layer.k, &layer.v}) consider(*m, model.config.head_dim);
-        for (Matrix* m : {&layer.o, &layer.gate, &layer.up, &layer.down}) consider(*m, kernels.lanes);
+        consider(layer.o, kernels.lanes);
+        const auto consider_mlp = [&](Mlp& mlp) {
+            for (Matrix* m : {&mlp.gate, &mlp.up, &mlp.down}) consider(*m, kernels.lanes);
+        };
+        consider_mlp(layer.mlp);
+        consider_mlp(layer.shared_expert);
+        for (Mlp& expert : layer.experts) consider_mlp(expert);
     }
     consider(model.head, kernels.lanes);
     return found;

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize
+from helpers.llama_server import llama_cpp
+from helpers.torch_greedy import greedy
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.exporters.gguf import export_gguf
@@ -23,8 +22,6 @@ from qwen_quant.exporters.gguf_tensors import gguf_name, stacked
 from qwen_quant.model import Model, load_model
 from qwen_quant.safetensors import Planned, SafetensorsWriter
 from qwen_quant.tokenizer import Tokenizer
-
-xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp (llama.cpp) is not installed")
 
 PROMPT = "The history of the river is"
 TEXT = PROMPT + " written in its banks, and in the towns along them. 人们在河边生活。 def f(x): return x + 1"
@@ -60,47 +57,6 @@ ROPES = {
 }
 
 
-class LlamaCpp:
-    """A llama.cpp server in this process, on one GGUF file."""
-
-    def __init__(self, path: Path) -> None:
-        parameters = xllamacpp.CommonParams()
-        parameters.model.path = str(path)
-        parameters.cpuparams.n_threads = 2
-        parameters.warmup = False
-        parameters.n_ctx = 256
-        parameters.n_parallel = 1
-        parameters.verbosity = 0
-        # Attention in FP32, as in the reference: what is compared is the weights.
-        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        self._server = xllamacpp.Server(parameters)
-
-    def complete(self, prompt: list[int], count: int, logprobs: int = 1) -> list[dict[str, Any]]:
-        """Greedy continuation: for each token its id and its `top_logprobs`."""
-        request = {
-            "prompt": prompt, "max_tokens": count, "temperature": 0, "logprobs": logprobs, "ignore_eos": True,
-        }  # fmt: skip
-        answer = self._server.handle_completions(request)
-        return list((answer["choices"][0]["logprobs"] or {"content": []})["content"])
-
-    def tokenize(self, text: str, special: bool) -> list[int]:
-        body = json.dumps({"content": text, "add_special": True, "parse_special": special}).encode()
-        address = f"{self._server.listening_address}/tokenize"
-        with urllib.request.urlopen(urllib.request.Request(address, body), timeout=20) as answer:
-            return list(json.load(answer)["tokens"])
-
-
-@contextmanager
-def llama_cpp(path: Path) -> Iterator[LlamaCpp]:
-    server = LlamaCpp(path)
-    try:
-        yield server
-    finally:
-        del server
-        gc.collect()
-
-
 def model_of(checkpoint: Checkpoint, path: Path) -> Model:
     """Our reference model over the weights that a GGUF file holds."""
     model = load_model(checkpoint)
@@ -116,17 +72,6 @@ def model_of(checkpoint: Checkpoint, path: Path) -> Model:
             weights[info.name] = torch.from_numpy(part.reshape(info.shape))
     model.load_state_dict(weights)
     return model
-
-
-def greedy(model: Model, prompt: list[int], count: int) -> list[int]:
-    tokens = list(prompt)
-    caches, fresh = model.new_cache(), tokens
-    for _ in range(count):
-        with torch.no_grad():
-            logits = model(torch.tensor([fresh]), caches)[0, -1]
-        fresh = [int(logits.argmax())]
-        tokens += fresh
-    return tokens[len(prompt) :]
 
 
 @pytest.fixture
