@@ -31,6 +31,13 @@ CHATML = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 
+# Of Qwen (1)'s chat models, whose code puts a system message first when there is none.
+CHATML_WITH_SYSTEM = (
+    "{%- if messages[0]['role'] != 'system' %}"
+    "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
+    "{%- endif %}" + CHATML
+)
+
 Messages = Sequence[Mapping[str, Any]]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import CalibrationError, CheckpointError, UsageError
 from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales
-from qwen_quant.model import DecoderLayer, Rotary, load_layer
+from qwen_quant.model import DecoderLayer, load_layer, new_rotary
 from qwen_quant.model.transformer import MLP, SparseMLP
 from qwen_quant.moe import PROJECTIONS
 from qwen_quant.progress import progress
@@ -30,10 +30,6 @@ from qwen_quant.quantize.resume import LayerStore, fingerprint
 from qwen_quant.spec import TensorInfo
 
 TOKENS_AT_ONCE = 4096  # calibration tokens per forward pass: bounds activations beside the hidden states
-ATTENTION = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-)
 
 
 def pick_device(device: str) -> torch.device:
@@ -79,7 +75,7 @@ def gptq_layers(
     if checkpoint.quantization is not None:
         raise CheckpointError(f"{checkpoint.folder}: is quantized already; start from the BF16 checkpoint")
     hidden = _embed(checkpoint, windows).to(device)  # [samples, seq, hidden]
-    table = Rotary(spec).to(device)(0, windows.shape[1])
+    table = new_rotary(spec).to(device)(0, windows.shape[1])
     with progress("GPTQ", spec.num_hidden_layers) as advance, torch.no_grad():
         for index in range(spec.num_hidden_layers):
             began = time.monotonic()
@@ -114,7 +110,7 @@ def _embed(checkpoint: Checkpoint, windows: np.ndarray) -> Tensor:
             f"{checkpoint.spec.vocab_size}; tokenizer and weights do not belong together"
         )
     used, where = np.unique(windows, return_inverse=True)
-    rows = checkpoint.source.read_rows("model.embed_tokens.weight", used)
+    rows = checkpoint.source.read_rows(f"{checkpoint.spec.names.embedding}.weight", used)
     return torch.from_numpy(rows[where.reshape(windows.shape)])
 
 
@@ -125,7 +121,7 @@ class _LayerRun:
         self, checkpoint: Checkpoint, index: int, grids: GridChoice, recipe: Recipe, device: torch.device
     ) -> None:
         self.layer: DecoderLayer = load_layer(checkpoint, index, device)
-        self.prefix = f"model.layers.{index}."
+        self.prefix = checkpoint.spec.names.layer(index)
         self.spec = checkpoint.spec
         self.infos: dict[str, TensorInfo] = {i.name: i for i in checkpoint.spec.layer_tensors(index)}
         self.grids, self.recipe, self.device = grids, recipe, device
@@ -142,37 +138,38 @@ class _LayerRun:
 
     def solve_all(self, hidden: Tensor, table: tuple[Tensor, Tensor]) -> QuantizedLayer:
         """Quantize the layer and carry `hidden` [samples, seq, hidden] through it, in place."""
-        layer, batches = self.layer, self._batches(hidden)
+        layer, names, batches = self.layer, self.spec.names, self._batches(hidden)
 
-        moments = self._moments(ATTENTION[0])
+        moments = self._moments(names.qkv)
         for part in batches:
             moments.add(layer.attention_input(part))
-        self._quantize(ATTENTION[0], moments)
+        self._quantize(names.qkv, moments)
 
-        moments = self._moments(ATTENTION[1])
+        moments = self._moments((names.output,))
         contexts = []
         for part in batches:
             contexts.append(self._context(part, table))
             moments.add(contexts[-1])
-        self._quantize(ATTENTION[1], moments)
+        self._quantize((names.output,), moments)
 
         for part in batches:
-            part += layer.self_attn.o_proj(contexts.pop(0))
+            part += layer.attention_output(contexts.pop(0))
         if isinstance(layer.mlp, SparseMLP):
             self._solve_experts(layer.mlp, batches)
             if self.spec.moe is not None and self.spec.moe.shared_expert_intermediate_size is not None:
-                self._solve_mlp(layer.mlp.shared_expert, "mlp.shared_expert", batches)
+                shared = tuple(f"mlp.shared_expert.{name}" for name in PROJECTIONS)
+                self._solve_mlp(layer.mlp.shared_expert, shared, batches)
         else:
-            self._solve_mlp(layer.mlp, "mlp", batches)
+            self._solve_mlp(layer.mlp, names.mlp, batches)
         for part in batches:
             part += layer.mlp(layer.mlp_input(part))
         if not torch.isfinite(hidden.sum()):
             raise CalibrationError(f"{self.prefix[:-1]}: outputs are not finite; the checkpoint is broken")
         return self.result
 
-    def _solve_mlp(self, module: MLP, name: str, batches: tuple[Tensor, ...]) -> None:
-        """Quantize a SwiGLU that every token passes."""
-        first, last = tuple(f"{name}.{part}" for part in PROJECTIONS[:2]), (f"{name}.{PROJECTIONS[2]}",)
+    def _solve_mlp(self, module: MLP, names: tuple[str, ...], batches: tuple[Tensor, ...]) -> None:
+        """Quantize a SwiGLU that every token passes; `names` are gate, up and down."""
+        first, last = names[:2], names[2:]
         moments = self._moments(first)
         for part in batches:
             moments.add(self.layer.mlp_input(part))
@@ -198,7 +195,7 @@ class _LayerRun:
             module = self._linear(name.removeprefix(self.prefix).removesuffix(".weight"))
             module.weight.data = _to_torch(tensor, self.device).decode()
         for part in self._batches(hidden):
-            part += self.layer.self_attn.o_proj(self._context(part, table))
+            part += self.layer.attention_output(self._context(part, table))
             part += self.layer.mlp(self.layer.mlp_input(part))
 
     def _batches(self, hidden: Tensor) -> tuple[Tensor, ...]:
