@@ -26,7 +26,7 @@ LAYERS = (
         "qwen_quant.rope",
         "qwen_quant.spec",
         "qwen_quant.window",
-    ),  # fmt: skip
+    ),
     ("qwen_quant.grids", "qwen_quant.safetensors"),
     ("qwen_quant.checkpoint",),
     (
@@ -35,7 +35,7 @@ LAYERS = (
         "qwen_quant.tokenizer_ranks",
         "qwen_quant.byte_level",
         "qwen_quant.chat",
-    ),  # fmt: skip
+    ),
     ("qwen_quant.model", "qwen_quant.runtime", "qwen_quant.calib_data"),
     ("qwen_quant.quantize",),
     ("qwen_quant.evaluate",),
