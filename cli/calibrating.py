@@ -160,9 +160,10 @@ def layer_table(layers: list[QuantizedLayer]) -> Table:
 
 
 def _column(report: LinearReport) -> str:
-    """The same for all experts of a layer: `experts gate`."""
-    parts = report.name.removesuffix("_proj.weight").split(".")
-    return " ".join(part for part in parts[4:] if not part.isdigit())
+    """`q`, `down`; the same for all experts of a layer: `experts gate`; of Qwen (1) `attn c`, `mlp w1`."""
+    parts = report.name.removesuffix(".weight").removesuffix("_proj").split(".")
+    first = 4 if parts[0] == "model" else 3
+    return " ".join(part for part in parts[first:] if not part.isdigit())
 
 
 def _share(reports: list[LinearReport]) -> str:

@@ -87,7 +87,8 @@ def _add_architecture(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     writer.add_block_count(spec.num_hidden_layers)
     writer.add_context_length(exact_context(spec))
     writer.add_embedding_length(spec.hidden_size)
-    writer.add_feed_forward_length(spec.intermediate_size)
+    # Qwen (1) counts w1 and w2 together, in config.json as in GGUF.
+    writer.add_feed_forward_length(spec.intermediate_size * (1 if spec.qwen1 is None else 2))
     writer.add_head_count(spec.num_attention_heads)
     writer.add_head_count_kv(spec.num_key_value_heads)
     writer.add_key_length(spec.head_dim)
@@ -120,6 +121,11 @@ def check_expressible(checkpoint: Checkpoint) -> None:
     spec = checkpoint.spec
     if spec.moe is not None:
         _check_experts(checkpoint, spec.moe)
+    if spec.qwen1 is not None and spec.tie_word_embeddings:
+        raise FormatError(
+            f"{checkpoint.folder}: tie_word_embeddings is true; llama.cpp's {architecture(spec)} has a head of its "
+            "own: store the embedding a second time as lm_head.weight and set tie_word_embeddings to false"
+        )
     if spec.sliding_window is not None and spec.sliding_window < spec.context_length:
         raise FormatError(
             f"{checkpoint.folder}: sliding_window {spec.sliding_window} is active in {len(spec.sliding_layers)} "

@@ -23,7 +23,13 @@ FALLBACK = "F16"
 # For a float checkpoint's embedding and head: 8 bits cost little loss and are read as quickly as 4.
 OUTER_TYPE = "Q8_0"
 _STORED = {"F64": "F32", "F32": "F32", "F16": "F16", "BF16": "BF16"}
-_OUTER_NAMES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_OUTER_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "transformer.wte": "token_embd",
+    "transformer.ln_f": "output_norm",
+}
 _LAYER_NAMES = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -44,6 +50,14 @@ _LAYER_NAMES = {
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
     "mlp.shared_expert.up_proj": "ffn_up_shexp",
     "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    # Qwen (1)
+    "ln_1": "attn_norm",
+    "attn.c_attn": "attn_qkv",
+    "attn.c_proj": "attn_output",
+    "ln_2": "ffn_norm",
+    "mlp.w1": "ffn_up",
+    "mlp.w2": "ffn_gate",
+    "mlp.c_proj": "ffn_down",
 }
 
 
@@ -52,7 +66,7 @@ def gguf_name(info: TensorInfo) -> str:
     module, _, kind = info.name.rpartition(".")
     if info.layer < 0:
         return f"{_OUTER_NAMES[module]}.{kind}"
-    module = module.removeprefix(f"model.layers.{info.layer}.")
+    module = module.partition(f".{info.layer}.")[2]
     return f"blk.{info.layer}.{_LAYER_NAMES[module]}.{kind}"
 
 

@@ -17,15 +17,17 @@ from qwen_quant.checkpoint import INDEX, SINGLE, Checkpoint
 from qwen_quant.errors import FormatError
 from qwen_quant.files import atomic_folder
 from qwen_quant.grids.gptq import GPTQ_FORMATS, GROUP_SIZES, IntGrid, pack
+from qwen_quant.names import HEAD
 from qwen_quant.quantize.layer import QuantizedLayer
 from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.safetensors import Planned, SafetensorsWriter
 from qwen_quant.spec import TensorInfo
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Small files that belong to a checkpoint; config.json and the weights' index are written anew.
 COPIED = ("*.json", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*")
+# Checkpoints of Qwen (1) come with their model's code (auto_map), which we never run but other readers need.
+CODE = "*.py"
 NOT_COPIED = ("config.json", "quantize_config.json", INDEX)
 
 
@@ -97,7 +99,7 @@ def export_gptq(
         for info in checkpoint.spec.outer_tensors():
             _copy(checkpoint, info.name, info.name, out)
         if checkpoint.spec.tie_word_embeddings and tied_head:
-            _copy(checkpoint, EMBEDDING, HEAD, out)
+            _copy(checkpoint, _embedding(checkpoint), f"{HEAD}.weight", out)
         _write_configs(checkpoint, folder, config)
         _write_index(folder, shards)
         written.bytes = sum(path.stat().st_size for path in folder.iterdir())
@@ -111,7 +113,7 @@ def quantized_modules(checkpoint: Checkpoint) -> list[list[str]]:
     stages: dict[str, dict[str, None]] = {}
     for info in checkpoint.spec.tensors():
         if info.role == "linear":
-            module = info.name.removeprefix(f"model.layers.{info.layer}.").removesuffix(".weight")
+            module = info.name.removeprefix(checkpoint.spec.names.layer(info.layer)).removesuffix(".weight")
             stage = {"q_proj": "q", "k_proj": "q", "v_proj": "q", "gate_proj": "up", "up_proj": "up"}
             kind = module.rpartition(".")[2]
             stages.setdefault(stage.get(kind, kind), {})[module] = None
@@ -151,6 +153,10 @@ def _whole_group(k: int, below: int) -> int:
     return max(size for size in GROUP_SIZES if 0 < size < below and k % size == 0)
 
 
+def _embedding(checkpoint: Checkpoint) -> str:
+    return f"{checkpoint.spec.names.embedding}.weight"
+
+
 def _stem(info: TensorInfo) -> str:
     return info.name.removesuffix("weight")
 
@@ -179,7 +185,8 @@ def _stored(checkpoint: Checkpoint, info: TensorInfo, grid: IntGrid) -> list[Pla
 
 def _tied_head(checkpoint: Checkpoint) -> Planned:
     spec = checkpoint.spec
-    return Planned(HEAD, checkpoint.source.dtype(EMBEDDING), (spec.vocab_size, spec.hidden_size))
+    dtype = checkpoint.source.dtype(_embedding(checkpoint))
+    return Planned(f"{HEAD}.weight", dtype, (spec.vocab_size, spec.hidden_size))
 
 
 def stored_tensors(checkpoint: Checkpoint, grid: IntGrid, tied_head: bool = True) -> list[StoredTensor]:
@@ -200,7 +207,9 @@ def stored_tensors(checkpoint: Checkpoint, grid: IntGrid, tied_head: bool = True
         )
     if checkpoint.spec.tie_word_embeddings and tied_head:
         head = _tied_head(checkpoint)
-        found[HEAD] = StoredTensor(TensorInfo(HEAD, head.shape, "head"), head.dtype, head.nbytes, False)
+        found[head.name] = StoredTensor(
+            TensorInfo(head.name, head.shape, "head"), head.dtype, head.nbytes, False
+        )
     return list(found.values())
 
 
@@ -246,7 +255,7 @@ def _copy(checkpoint: Checkpoint, name: str, target: str, out: _ShardSet) -> Non
 
 
 def _write_configs(checkpoint: Checkpoint, folder: Path, config: dict[str, Any]) -> None:
-    for pattern in COPIED:
+    for pattern in (*COPIED, CODE) if "auto_map" in checkpoint.spec.config else COPIED:
         for path in checkpoint.folder.glob(pattern):
             if path.is_file() and path.name not in NOT_COPIED:
                 shutil.copyfile(path, folder / path.name)
@@ -254,7 +263,7 @@ def _write_configs(checkpoint: Checkpoint, folder: Path, config: dict[str, Any])
     # Older readers know torch_dtype, rope_theta and rope_scaling only; transformers 5 writes dtype and
     # rope_parameters.
     model.setdefault("torch_dtype", checkpoint.spec.torch_dtype)
-    if model.get("rope_theta") is None:
+    if checkpoint.spec.qwen1 is None and model.get("rope_theta") is None:
         model["rope_theta"] = checkpoint.spec.rope_theta
     if checkpoint.spec.rope_scaling is not None and not model.get("rope_scaling"):
         model["rope_scaling"] = {k: v for k, v in model["rope_parameters"].items() if k != "rope_theta"}

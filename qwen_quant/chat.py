@@ -34,6 +34,12 @@ CHATML = (
 
 # Templates compare roles with these, so they stay readable; any other comes from outside like a content.
 ROLES = frozenset({"system", "user", "assistant", "tool"})
+# Of Qwen (1)'s chat models, whose code puts a system message first when there is none.
+CHATML_WITH_SYSTEM = (
+    "{%- if messages[0]['role'] != 'system' %}"
+    "{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
+    "{%- endif %}" + CHATML
+)
 
 
 class _GenerationBlock(jinja2.ext.Extension):

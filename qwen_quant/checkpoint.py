@@ -52,7 +52,7 @@ def _download(repo: str) -> Path:
         raise CheckpointError(
             f"{repo}: no such folder here; to download it from Hugging Face, pip install 'qwen-quant[hub]'"
         ) from None
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.tiktoken"]
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
     try:
         return Path(snapshot_download(repo, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises many kinds; all mean that the download failed
@@ -261,6 +261,18 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{self.folder}: tensor {info.name!r} has shape {list(shape)}, "
                     f"config.json says {list(info.shape)}; config.json and weights do not belong together"
+                )
+        self._check_biases()
+
+    def _check_biases(self) -> None:
+        """AutoGPTQ stores a bias of zeros for linear layers that have none; any other would change the model."""
+        for info in self.spec.tensors():
+            bias = f"{info.name.removesuffix('weight')}bias"
+            known = info.role != "linear" or bias not in self.source or bias in self.infos
+            if not known and self.source.read(bias).any():
+                raise CheckpointError(
+                    f"{self.folder}: tensor {bias!r} is not zero, but the architecture has no such bias; "
+                    "config.json and weights do not belong together"
                 )
 
     def is_quantized(self, name: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from qwen_quant.errors import ConfigError
 
 MOST = 2**31 - 1  # the largest size that any format stores
+MOST_LAYERS = 10_000  # a damaged count must not become an inventory of millions of tensors
 
 
 @dataclass(frozen=True)

@@ -7,27 +7,28 @@ that names the key: a wrong guess would only show as a slightly worse model.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen_quant.config import ConfigReader
+from qwen_quant.config import MOST_LAYERS, ConfigReader
 from qwen_quant.dual_chunk import DualChunk, read_dual_chunk
 from qwen_quant.errors import ConfigError
 from qwen_quant.moe import PROJECTIONS, MoESpec, expert_name, read_moe
+from qwen_quant.names import HEAD, HUGGING_FACE, QWEN1, Names
+from qwen_quant.qwen1 import Qwen1Spec, read_qwen1
 from qwen_quant.rope import RopeScaling, read_rope
+from qwen_quant.window import read_window
 
 ARCHITECTURES = {
+    "QWenLMHeadModel": "qwen",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
 }
-FULL, SLIDING = "full_attention", "sliding_attention"
-DEFAULT_WINDOW = 4096  # of a config.json that uses a window without giving its size
 QWEN3_HEAD_DIM = 128  # of a Qwen3 config.json without head_dim, whatever its hidden_size
-MOST_LAYERS = 10_000  # a damaged count must not become an inventory of millions of tensors
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class ModelSpec:
     sliding_window: int | None = None  # positions that `sliding_layers` attend to, the token's own included
     sliding_layers: tuple[int, ...] = ()
     moe: MoESpec | None = None
+    qwen1: Qwen1Spec | None = None
     torch_dtype: str = "bfloat16"
     eos_token_id: tuple[int, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -92,6 +94,9 @@ class ModelSpec:
         """Build the spec from a parsed `config.json`; `where` names the file in errors."""
         get = ConfigReader(config, where)
         model_type = _architecture(get)
+        eos_token_id = get.token_ids("eos_token_id")
+        if model_type == "qwen":
+            return cls(model_type, eos_token_id=eos_token_id, config=dict(config), **read_qwen1(get))
         hidden_size = get.positive("hidden_size")
         heads = get.positive("num_attention_heads")
         qwen3, sparse = model_type.startswith("qwen3"), model_type.endswith("_moe")
@@ -115,7 +120,7 @@ class ModelSpec:
         max_position = get.positive("max_position_embeddings", 32768)
         rope_theta, rope_scaling = read_rope(get, head_dim, max_position)
         _check_activation(get)
-        window, sliding_layers = _read_window(get, layers, model_type)
+        window, sliding_layers = read_window(get, layers, model_type)
         # Qwen2 always has Q/K/V biases (its MoE may leave them out) and never an output bias; Qwen3's one flag
         # covers all four.
         attention_bias = get.flag("attention_bias") if qwen3 else False
@@ -143,9 +148,14 @@ class ModelSpec:
             sliding_layers=sliding_layers,
             moe=read_moe(get, layers, shared=not qwen3) if sparse else None,
             torch_dtype=str(config.get("torch_dtype") or config.get("dtype") or "bfloat16"),
-            eos_token_id=get.token_ids("eos_token_id"),
+            eos_token_id=eos_token_id,
             config=dict(config),
         )
+
+    @property
+    def names(self) -> Names:
+        """What the family's checkpoints call their modules."""
+        return HUGGING_FACE if self.qwen1 is None else QWEN1
 
     @property
     def q_size(self) -> int:
@@ -159,7 +169,12 @@ class ModelSpec:
 
     @property
     def context_length(self) -> int:
-        """Positions the model is made for, YaRN's extension included: releases keep the trained length beside it."""
+        """Positions the model is made for, YaRN's extension included: releases keep the trained length beside it.
+
+        Qwen (1) goes on beyond its own, but no other engine knows how (see Qwen1Spec).
+        """
+        if self.qwen1 is not None:
+            return min(self.qwen1.seq_length, self.max_position_embeddings)
         scaling = self.rope_scaling
         if scaling is None or scaling.kind != "yarn":
             return self.max_position_embeddings
@@ -177,45 +192,45 @@ class ModelSpec:
 
     def layer_tensors(self, layer: int) -> list[TensorInfo]:
         """The tensors of decoder layer `layer`, in the order of the computation."""
-        hidden, q, kv = self.hidden_size, self.q_size, self.kv_size
-        prefix = f"model.layers.{layer}"
+        hidden, q, kv, names = self.hidden_size, self.q_size, self.kv_size, self.names
         found: list[TensorInfo] = []
 
         def add(name: str, shape: tuple[int, ...], role: str) -> None:
-            found.append(TensorInfo(f"{prefix}.{name}", shape, role, layer))
+            found.append(TensorInfo(f"{names.layer(layer)}{name}", shape, role, layer))
 
-        add("input_layernorm.weight", (hidden,), "norm")
-        for name, rows in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
-            add(f"self_attn.{name}.weight", (rows, hidden), "linear")
+        add(f"{names.attention_norm}.weight", (hidden,), "norm")
+        for name, rows in zip(names.qkv, (q, kv, kv) if len(names.qkv) == 3 else (q + 2 * kv,), strict=True):
+            add(f"{name}.weight", (rows, hidden), "linear")
             if self.qkv_bias:
-                add(f"self_attn.{name}.bias", (rows,), "bias")
+                add(f"{name}.bias", (rows,), "bias")
         if self.qk_norm:
             add("self_attn.q_norm.weight", (self.head_dim,), "norm")
             add("self_attn.k_norm.weight", (self.head_dim,), "norm")
-        add("self_attn.o_proj.weight", (hidden, q), "linear")
+        add(f"{names.output}.weight", (hidden, q), "linear")
         if self.output_bias:
-            add("self_attn.o_proj.bias", (hidden,), "bias")
-        add("post_attention_layernorm.weight", (hidden,), "norm")
+            add(f"{names.output}.bias", (hidden,), "bias")
+        add(f"{names.mlp_norm}.weight", (hidden,), "norm")
         if self.moe is not None and self.is_sparse(layer):
             return found + self._sparse_tensors(self.moe, layer)
-        return found + self._mlp_tensors(layer, f"{prefix}.mlp.", self.intermediate_size)
+        return found + self._mlp_tensors(layer, names.mlp, self.intermediate_size)
 
-    def _mlp_tensors(self, layer: int, prefix: str, ffn: int) -> list[TensorInfo]:
+    def _mlp_tensors(self, layer: int, names: Sequence[str], ffn: int) -> list[TensorInfo]:
         wide, tall = (ffn, self.hidden_size), (self.hidden_size, ffn)
         return [
-            TensorInfo(f"{prefix}{name}.weight", shape, "linear", layer)
-            for name, shape in zip(PROJECTIONS, (wide, wide, tall), strict=True)
+            TensorInfo(f"{self.names.layer(layer)}{name}.weight", shape, "linear", layer)
+            for name, shape in zip(names, (wide, wide, tall), strict=True)
         ]
 
     def _sparse_tensors(self, moe: MoESpec, layer: int) -> list[TensorInfo]:
-        prefix = f"model.layers.{layer}.mlp."
+        prefix = f"{self.names.layer(layer)}mlp."
         found = [TensorInfo(f"{prefix}gate.weight", (moe.num_experts, self.hidden_size), "router", layer)]
         wide = (moe.moe_intermediate_size, self.hidden_size)
         for expert in range(moe.num_experts):
             for name, shape in zip(PROJECTIONS, (wide, wide, wide[::-1]), strict=True):
                 found.append(TensorInfo(expert_name(layer, expert, name), shape, "linear", layer, expert))
         if moe.shared_expert_intermediate_size is not None:
-            found += self._mlp_tensors(layer, f"{prefix}shared_expert.", moe.shared_expert_intermediate_size)
+            shared = [f"mlp.shared_expert.{name}" for name in PROJECTIONS]
+            found += self._mlp_tensors(layer, shared, moe.shared_expert_intermediate_size)
             shape = (1, self.hidden_size)
             found.append(TensorInfo(f"{prefix}shared_expert_gate.weight", shape, "router", layer))
         return found
@@ -223,11 +238,11 @@ class ModelSpec:
     def outer_tensors(self) -> list[TensorInfo]:
         """The tensors outside the layers: embedding, final norm and, when untied, the head."""
         found = [
-            TensorInfo("model.embed_tokens.weight", (self.vocab_size, self.hidden_size), "embedding"),
-            TensorInfo("model.norm.weight", (self.hidden_size,), "norm"),
+            TensorInfo(f"{self.names.embedding}.weight", (self.vocab_size, self.hidden_size), "embedding"),
+            TensorInfo(f"{self.names.norm}.weight", (self.hidden_size,), "norm"),
         ]
         if not self.tie_word_embeddings:
-            found.append(TensorInfo("lm_head.weight", (self.vocab_size, self.hidden_size), "head"))
+            found.append(TensorInfo(f"{HEAD}.weight", (self.vocab_size, self.hidden_size), "head"))
         return found
 
     def tensors(self) -> list[TensorInfo]:
@@ -254,38 +269,3 @@ def _check_activation(get: ConfigReader) -> None:
     act = get.config.get("hidden_act", "silu")
     if act not in ("silu", "swish"):
         raise ConfigError(f"{get.where}: hidden_act {act!r} is not supported; Qwen models use 'silu'")
-
-
-def _read_window(get: ConfigReader, layers: int, model_type: str) -> tuple[int | None, tuple[int, ...]]:
-    """The sliding window and the layers that have it. As in transformers: `layer_types` says which, or else all
-    from `max_window_layers` on; for Qwen2-MoE every other one before it, and Qwen3-MoE knows only all or none."""
-    used = get.flag("use_sliding_window")
-    types = get.names("layer_types") if model_type != "qwen3_moe" else []
-    unknown = sorted(set(types) - {FULL, SLIDING})
-    if unknown:
-        raise ConfigError(f"{get.where}: layer_types has {unknown}; known are {FULL!r} and {SLIDING!r}")
-    if types and len(types) != layers:
-        raise ConfigError(f"{get.where}: layer_types has {len(types)} entries for {layers} layers")
-    stated = get.config.get("sliding_window", DEFAULT_WINDOW) is not None
-    sliding: tuple[int, ...] = ()
-    if types:
-        sliding = tuple(layer for layer, name in enumerate(types) if name == SLIDING)
-    elif used and stated and model_type == "qwen3_moe":
-        sliding = tuple(range(layers))
-    elif used and stated and model_type == "qwen2_moe":
-        sliding = tuple(range(0, min(_max_window_layers(get), layers), 2))
-    elif used and stated:
-        sliding = tuple(range(_max_window_layers(get), layers))
-    if not sliding:
-        return None, ()
-    if not (used and stated):
-        raise ConfigError(
-            f"{get.where}: layer_types has {SLIDING!r}, but use_sliding_window is not true or sliding_window "
-            "is null; correct one of them"
-        )
-    return get.positive("sliding_window", DEFAULT_WINDOW), sliding
-
-
-def _max_window_layers(get: ConfigReader) -> int:
-    """The first layer with a window; 0 is allowed."""
-    return 0 if get.config.get("max_window_layers") == 0 else get.positive("max_window_layers", 28)

@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from qwen_quant import chat
+from qwen_quant.byte_level import spelling_to_bytes
 from qwen_quant.chat_messages import Messages, Tools, check_tools, normalize
 from qwen_quant.errors import ConfigError, FormatError
 from qwen_quant.tokenizer_files import (
@@ -33,23 +34,6 @@ from qwen_quant.tokenizer_files import (
 
 # A base model's end of text and an instruct model's end of turn: both stop generation in every Qwen.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-
-
-@functools.cache
-def _bytes_of_characters() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 stands for itself, the other bytes follow from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def spelling_to_bytes(spelling: str) -> bytes:
-    """The bytes a byte-level token stands for; a spelling outside that alphabet stands for its own UTF-8."""
-    table = _bytes_of_characters()
-    try:
-        return bytes([table[character] for character in spelling])
-    except KeyError:
-        return spelling.encode("utf-8")
 
 
 class Tokenizer:

@@ -11,6 +11,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from qwen_quant import tokenizer_ranks
+from qwen_quant.chat import CHATML_WITH_SYSTEM
 from qwen_quant.errors import ConfigError, FormatError
 
 # How Qwen2, Qwen2.5 and Qwen3 cut text into words before merging; llama.cpp calls it pre-tokenizer "qwen2".
@@ -57,16 +59,28 @@ def read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, SpecialTokens, str]
             backend.add_special_tokens(
                 [AddedToken(t, special=True, normalized=False) for t in _DEFAULT_ADDED]
             )
+    elif (folder / tokenizer_ranks.FILE_NAME).is_file():
+        path = folder / tokenizer_ranks.FILE_NAME
+        backend = byte_level_bpe(*tokenizer_ranks.read_ranks(path))
+        backend.add_special_tokens(
+            [AddedToken(t, special=True, normalized=False) for t in tokenizer_ranks.SPECIAL_TOKENS]
+        )
     else:
-        raise ConfigError(f"{path}: not found, nor vocab.json with merges.txt; {_DOWNLOAD}")
+        raise ConfigError(
+            f"{path}: not found, nor vocab.json with merges.txt, nor {tokenizer_ranks.FILE_NAME}; {_DOWNLOAD}"
+        )
     _add_tokens(backend, config.get("added_tokens_decoder") or {}, config_path)
     named = _named_tokens(config)
     eos = [backend.token_to_id(named["eos_token"])] if "eos_token" in named else []
-    for name in ("generation_config.json", "config.json"):
-        stored = (_read_json(folder / name) or {}).get("eos_token_id")
+    generation = _read_json(folder / "generation_config.json") or {}
+    for found in (generation, _read_json(folder / "config.json") or {}):
+        stored = found.get("eos_token_id")
         eos += stored if isinstance(stored, list) else [stored]
     ids = tuple(dict.fromkeys(i for i in eos if isinstance(i, int)))
-    return backend, SpecialTokens(ids, named, _read_template(folder, config)), str(path)
+    template = _read_template(folder, config)
+    if template is None and generation.get("chat_format") == "chatml":
+        template = CHATML_WITH_SYSTEM  # Qwen (1) has its template in code
+    return backend, SpecialTokens(ids, named, template), str(path)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

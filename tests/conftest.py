@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
+from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from qwen_quant.byte_level import spelling_to_bytes
 from qwen_quant.checkpoint import resolve_model
 from qwen_quant.safetensors import Planned, SafetensorsWriter, f32_to_bf16
 from qwen_quant.spec import ModelSpec
@@ -32,6 +34,37 @@ TINY = {
     "torch_dtype": "bfloat16",
     "eos_token_id": 2,
     "bos_token_id": 0,
+}
+
+
+# As the released config.json, smaller; room for the bundled vocabulary and the 208 special tokens.
+TINY_QWEN1 = {
+    "architectures": ["QWenLMHeadModel"],
+    "model_type": "qwen",
+    "attn_dropout_prob": 0.0,
+    "bf16": False,
+    "fp16": False,
+    "fp32": False,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "kv_channels": 16,
+    "layer_norm_epsilon": 1e-6,
+    "max_position_embeddings": 512,
+    "no_bias": True,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "onnx_safe": None,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "seq_length": 256,
+    "tie_word_embeddings": False,
+    "tokenizer_class": "QWenTokenizer",
+    "use_cache": True,
+    "use_dynamic_ntk": True,
+    "use_flash_attn": "auto",
+    "use_logn_attn": True,
+    "vocab_size": 4304,
 }
 
 
@@ -81,6 +114,36 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
 
     def make(seed: int = 0, shards: int = 1, name: str = "model", **changes: object) -> Path:
         return write_random_checkpoint(tmp_path / name, {**TINY, **changes}, seed, shards)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def qwen1_config() -> dict:
+    """The config.json of a tiny Qwen (1)."""
+    return dict(TINY_QWEN1)
+
+
+@pytest.fixture(scope="session")
+def qwen1_ranks(reference: Path) -> dict[bytes, int]:
+    """The bundled vocabulary as what a `qwen.tiktoken` holds: bytes and ranks."""
+    vocab = json.loads((reference / "tokenizer.json").read_text())["model"]["vocab"]
+    return {spelling_to_bytes(spelling): rank for spelling, rank in vocab.items()}
+
+
+@pytest.fixture
+def make_qwen1(tmp_path: Path, qwen1_ranks: dict[bytes, int]) -> Callable[..., Path]:
+    """A function that writes a random tiny Qwen (1) chat model with its tokenizer's files."""
+
+    def make(name: str = "qwen1", **changes: object) -> Path:
+        folder = write_random_checkpoint(tmp_path / name, {**TINY_QWEN1, **changes})
+        lines = (b64encode(token) + b" %d\n" % rank for token, rank in qwen1_ranks.items())
+        (folder / "qwen.tiktoken").write_bytes(b"".join(lines))
+        tokenizer = {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+        generation = {"chat_format": "chatml", "eos_token_id": 4091, "pad_token_id": 4091}
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+        return folder
 
     return make
 

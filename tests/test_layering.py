@@ -18,12 +18,23 @@ FOLDERS = {"qwen_quant": ROOT / "qwen_quant"} | {
 # From the ground up. A module belongs to the longest name here that starts its own.
 LAYERS = (
     ("qwen_quant", "qwen_quant.errors", "qwen_quant.files", "qwen_quant.progress", "qwen_quant._core"),
-    ("qwen_quant.config", "qwen_quant.dual_chunk", "qwen_quant.moe", "qwen_quant.rope", "qwen_quant.spec"),
+    (
+        "qwen_quant.config",
+        "qwen_quant.dual_chunk",
+        "qwen_quant.moe",
+        "qwen_quant.names",
+        "qwen_quant.qwen1",
+        "qwen_quant.rope",
+        "qwen_quant.spec",
+        "qwen_quant.window",
+    ),
     ("qwen_quant.grids", "qwen_quant.safetensors"),
     ("qwen_quant.checkpoint",),
     (
         "qwen_quant.tokenizer",
         "qwen_quant.tokenizer_files",
+        "qwen_quant.tokenizer_ranks",
+        "qwen_quant.byte_level",
         "qwen_quant.chat",
         "qwen_quant.chat_messages",
         "qwen_quant.chat_parsing",

@@ -1,6 +1,15 @@
 """The reference model in torch: the arithmetic that every quantized artifact is measured against."""
 
-from qwen_quant.model.loading import load_expert, load_layer, load_model
+from qwen_quant.model.loading import load_expert, load_layer, load_model, new_rotary
 from qwen_quant.model.transformer import DecoderLayer, KVCache, Model, Rotary
 
-__all__ = ["DecoderLayer", "KVCache", "Model", "Rotary", "load_expert", "load_layer", "load_model"]
+__all__ = [
+    "DecoderLayer",
+    "KVCache",
+    "Model",
+    "Rotary",
+    "load_expert",
+    "load_layer",
+    "load_model",
+    "new_rotary",
+]

@@ -6,10 +6,26 @@ import torch
 from torch import nn
 
 from qwen_quant.checkpoint import Checkpoint
-from qwen_quant.model.transformer import DecoderLayer, Model
+from qwen_quant.model.qwen1 import Qwen1Layer, Qwen1Model, Qwen1Rotary
+from qwen_quant.model.transformer import DecoderLayer, Model, Rotary
+from qwen_quant.spec import ModelSpec
 
-HEAD = "lm_head.weight"
 EXPERTS = "mlp.experts."
+
+
+def new_rotary(spec: ModelSpec) -> Rotary:
+    """The rotary tables of the family."""
+    return Rotary(spec) if spec.qwen1 is None else Qwen1Rotary(spec)
+
+
+def new_layer(spec: ModelSpec, layer: int) -> DecoderLayer:
+    """Decoder layer `layer` of the family, not filled."""
+    return DecoderLayer(spec, layer) if spec.qwen1 is None else Qwen1Layer(spec)
+
+
+def new_model(spec: ModelSpec) -> Model:
+    """The model of the family, not filled."""
+    return Model(spec) if spec.qwen1 is None else Qwen1Model(spec)
 
 
 def fill(
@@ -31,8 +47,8 @@ def load_layer(
 ) -> DecoderLayer:
     """Decoder layer `layer` in float32; its experts, by far the most of a sparse layer, only on demand."""
     with torch.device("meta"):
-        module = DecoderLayer(checkpoint.spec, layer)
-    fill(module, checkpoint, f"model.layers.{layer}.", device, None if experts else EXPERTS)
+        module = new_layer(checkpoint.spec, layer)
+    fill(module, checkpoint, checkpoint.spec.names.layer(layer), device, None if experts else EXPERTS)
     return module.requires_grad_(False)
 
 
@@ -47,7 +63,7 @@ def load_expert(
 def load_model(checkpoint: Checkpoint, device: torch.device | str = "cpu") -> Model:
     """The whole model in float32: for models that fit in memory (evaluation, tests)."""
     with torch.device("meta"):
-        model = Model(checkpoint.spec)
-    model.rotary = type(model.rotary)(checkpoint.spec).to(device)
+        model = new_model(checkpoint.spec)
+    model.rotary = new_rotary(checkpoint.spec).to(device)
     fill(model, checkpoint, "", device)
     return model.requires_grad_(False).eval()

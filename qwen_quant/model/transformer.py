@@ -130,22 +130,29 @@ class Attention(nn.Module):
         keys = rotate(keys.transpose(1, 2), near)
         if cache is not None:
             keys, values = cache.append(keys, values)
-        new, total = queries.shape[2], keys.shape[2]
-        if dual is not None and total > min(dual.chunk_len, dual.exact_length):
+        if dual is not None and keys.shape[2] > min(dual.chunk_len, dual.exact_length):
             turned = rotate(queries, (table[0][:, None, None], table[1][:, None, None]))
             return dual_chunk.attend(dual, turned, keys, values).transpose(1, 2).flatten(2)
-        queries = rotate(queries, near)
-        mask = None
-        windowed = self.window is not None and self.window < total
-        if windowed or 1 < new < total:  # row i is position total - new + i and sees what lies up to it
-            mask = torch.ones(new, total, dtype=torch.bool, device=x.device).tril(total - new)
-        if mask is not None and self.window is not None:
-            mask = mask.triu(total - new - self.window + 1)
-        grouped = spec.num_attention_heads != spec.num_key_value_heads
-        context = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None and new > 1, enable_gqa=grouped
-        )
-        return context.transpose(1, 2).flatten(2)
+        return causal_attention(rotate(queries, near), keys, values, self.window)
+
+
+def causal_attention(queries: Tensor, keys: Tensor, values: Tensor, window: int | None = None) -> Tensor:
+    """Context vectors [batch, seq, q_size] of the last `seq` tokens; keys and values are of all so far.
+
+    With a `window` a token attends to that many positions only, its own included.
+    """
+    new, total = queries.shape[2], keys.shape[2]
+    mask = None
+    windowed = window is not None and window < total
+    if windowed or 1 < new < total:  # row i is position total - new + i and sees what lies up to it
+        mask = torch.ones(new, total, dtype=torch.bool, device=queries.device).tril(total - new)
+    if mask is not None and window is not None:
+        mask = mask.triu(total - new - window + 1)
+    grouped = queries.shape[1] != keys.shape[1]
+    context = F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, is_causal=mask is None and new > 1, enable_gqa=grouped
+    )
+    return context.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -231,6 +238,10 @@ class DecoderLayer(nn.Module):
         """What o_proj reads, from what q_proj, k_proj and v_proj read."""
         return self.self_attn(x, table, cache)
 
+    def attention_output(self, context: Tensor) -> Tensor:
+        """What the attention adds to the hidden states, from what o_proj reads."""
+        return self.self_attn.o_proj(context)
+
     def mlp_input(self, hidden: Tensor) -> Tensor:
         """What gate_proj and up_proj read, and the router."""
         return self.post_attention_layernorm(hidden)
@@ -239,7 +250,7 @@ class DecoderLayer(nn.Module):
         self, hidden: Tensor, table: tuple[Tensor, Tensor], cache: KVCache | None = None
     ) -> Tensor:  # [batch, seq, hidden]
         context = self.attend(self.attention_input(hidden), table, cache)
-        hidden = hidden + self.self_attn.o_proj(context)
+        hidden = hidden + self.attention_output(context)
         return hidden + self.mlp(self.mlp_input(hidden))
 
 
@@ -268,19 +279,28 @@ class Model(nn.Module):
         """An empty cache for each layer."""
         return [KVCache() for _ in range(self.spec.num_hidden_layers)]
 
+    def parts(self) -> tuple[nn.Embedding, nn.ModuleList, RMSNorm]:
+        """Embedding, layers and final norm."""
+        return self.model.embed_tokens, self.model.layers, self.model.norm
+
+    def table(self, past: int, new: int, caches: list[KVCache] | None) -> tuple[Tensor, Tensor]:
+        """Rotary tables of `new` tokens after `past` others, which `caches` hold."""
+        return self.rotary(past, new)
+
     def hidden_states(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Final-norm outputs [batch, seq, hidden] of tokens [batch, seq], after what `caches` hold."""
         past = 0 if caches is None or caches[0].keys is None else caches[0].keys.shape[2]
-        hidden = self.model.embed_tokens(tokens)
-        table = self.rotary(past, tokens.shape[1])
-        for index, layer in enumerate(self.model.layers):
+        embedding, layers, norm = self.parts()
+        hidden = embedding(tokens)
+        table = self.table(past, tokens.shape[1], caches)
+        for index, layer in enumerate(layers):
             hidden = layer(hidden, table, None if caches is None else caches[index])
-        return self.model.norm(hidden)
+        return norm(hidden)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocab] of final-norm outputs."""
-        tied = self.spec.tie_word_embeddings
-        return F.linear(hidden, self.model.embed_tokens.weight if tied else self.lm_head.weight)
+        embedding, _, _ = self.parts()
+        return F.linear(hidden, (embedding if self.spec.tie_word_embeddings else self.lm_head).weight)
 
     def forward(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Logits [batch, seq, vocab]."""

@@ -27,10 +27,6 @@ from qwen_quant.quantize.recipe import GridChoice, Recipe
 from qwen_quant.spec import TensorInfo
 
 TOKENS_AT_ONCE = 4096  # calibration tokens per forward pass: bounds activations beside the hidden states
-ATTENTION = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-)
 
 
 class LayerRun:
@@ -49,7 +45,7 @@ class LayerRun:
         self.checkpoint, self.index = checkpoint, index
         self.layer: DecoderLayer = load_layer(checkpoint, index, device, experts=False)
         self.watch.lap("read")
-        self.prefix = f"model.layers.{index}."
+        self.prefix = checkpoint.spec.names.layer(index)
         self.spec = checkpoint.spec
         self.infos: dict[str, TensorInfo] = {i.name: i for i in checkpoint.spec.layer_tensors(index)}
         self.grids, self.recipe, self.device = grids, recipe, device
@@ -72,25 +68,26 @@ class LayerRun:
 
     def solve_all(self, hidden: Tensor, table: tuple[Tensor, Tensor]) -> QuantizedLayer:
         """Quantize the layer and carry `hidden` [samples, seq, hidden] through it, in place."""
-        layer, batches = self.layer, self._batches(hidden)
+        layer, names, batches = self.layer, self.spec.names, self._batches(hidden)
 
-        moments = self._moments(ATTENTION[0], (layer.attention_input(part) for part in batches))
-        self._quantize(ATTENTION[0], moments)
+        moments = self._moments(names.qkv, (layer.attention_input(part) for part in batches))
+        self._quantize(names.qkv, moments)
 
         contexts: list[Tensor] = []
-        moments = self._moments(ATTENTION[1], self._contexts(batches, table, contexts))
-        self._quantize(ATTENTION[1], moments)
+        moments = self._moments((names.output,), self._contexts(batches, table, contexts))
+        self._quantize((names.output,), moments)
         for part in batches:
-            part += layer.self_attn.o_proj(contexts.pop(0) if contexts else self._context(part, table))
+            part += layer.attention_output(contexts.pop(0) if contexts else self._context(part, table))
         self.watch.lap("calibrate")
 
         if isinstance(layer.mlp, SparseMLP):
             outputs = self._through_experts(layer.mlp, batches, self._solve_experts)
             if layer.mlp.moe.shared_expert_intermediate_size is not None:
-                self._solve_mlp(layer.mlp.shared_expert, "mlp.shared_expert", batches)
+                shared = tuple(f"mlp.shared_expert.{name}" for name in PROJECTIONS)
+                self._solve_mlp(layer.mlp.shared_expert, shared, batches)
             self._finish_sparse(layer.mlp, batches, outputs)
         else:
-            self._solve_mlp(layer.mlp, "mlp", batches)
+            self._solve_mlp(layer.mlp, names.mlp, batches)
             for part in batches:
                 part += layer.mlp(layer.mlp_input(part))
         if not torch.isfinite(hidden.sum()):
@@ -108,9 +105,9 @@ class LayerRun:
                 kept.append(context)
             yield context
 
-    def _solve_mlp(self, module: MLP, name: str, batches: tuple[Tensor, ...]) -> None:
-        """Quantize a SwiGLU that every token passes."""
-        first, last = tuple(f"{name}.{part}" for part in PROJECTIONS[:2]), (f"{name}.{PROJECTIONS[2]}",)
+    def _solve_mlp(self, module: MLP, names: tuple[str, ...], batches: tuple[Tensor, ...]) -> None:
+        """Quantize a SwiGLU that every token passes; `names` are gate, up and down."""
+        first, last = names[:2], names[2:]
         self._quantize(first, self._moments(first, (self.layer.mlp_input(part) for part in batches)))
         # The gated activations are computed again for the outputs rather than kept: they are the widest of all.
         inputs = (module.gated(self.layer.mlp_input(part)) for part in batches)
@@ -165,7 +162,7 @@ class LayerRun:
 
         restore(-1)
         for part in batches:
-            part += layer.self_attn.o_proj(self._context(part, table))
+            part += layer.attention_output(self._context(part, table))
         if isinstance(layer.mlp, SparseMLP):
             self._finish_sparse(layer.mlp, batches, self._through_experts(layer.mlp, batches, restore_group))
             return

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import CalibrationError, CheckpointError, UsageError
-from qwen_quant.model import Rotary
+from qwen_quant.model import new_rotary
 from qwen_quant.progress import progress
 from qwen_quant.quantize.calibration import fast_matmul
 from qwen_quant.quantize.layer import QuantizedLayer
@@ -73,7 +73,7 @@ def gptq_layers(
     device = pick_device(recipe.device)
     require_full_precision(checkpoint)
     hidden = _embed(checkpoint, windows).to(device)  # [samples, seq, hidden]
-    table = Rotary(spec).to(device)(0, windows.shape[1])
+    table = new_rotary(spec).to(device)(0, windows.shape[1])
 
     def solved(index: int) -> QuantizedLayer:
         # The run and its weights are gone before the layer is handed on and before the next one is read.
@@ -114,5 +114,5 @@ def _embed(checkpoint: Checkpoint, windows: np.ndarray) -> Tensor:
             f"{checkpoint.spec.vocab_size}; tokenizer and weights do not belong together"
         )
     used, where = np.unique(windows, return_inverse=True)
-    rows = checkpoint.source.read_rows("model.embed_tokens.weight", used)
+    rows = checkpoint.source.read_rows(f"{checkpoint.spec.names.embedding}.weight", used)
     return torch.from_numpy(rows[where.reshape(windows.shape)])
