@@ -179,7 +179,7 @@ def test_qwen1_is_not_run_beyond_its_context(made: Callable[[str], Made]) -> Non
     with pytest.raises(QwenQuantError, match="n_ctx 513 exceeds the context_length of 512"):
         Session.open(path, n_ctx=513)
     with pytest.raises(
-        QwenQuantError, match="exceed the context of 512; shorten the prompt or generate less$"
+        QwenQuantError, match=r"exceed the context of 512; shorten the prompt or generate less$"
     ):
         Session.open(path).prefill([1] * 513)
 
