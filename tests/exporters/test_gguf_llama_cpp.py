@@ -56,6 +56,15 @@ ROPES = {
     "linear": {"type": "linear", "factor": 3.0},
 }
 
+TEXTS = [
+    "Hello, world! It's 2,024 — naïve café.",
+    "  spaces \n\n\t tabs\r\n end  ",
+    "中文分词测试:今天天气很好。３个苹果",
+    "emoji 👩‍👩‍👧 👍🏽 Å",
+    "def f(x):\n    return x ** 2  # comment\n",
+    "<|im_start|>user\nHi<|im_end|>\n<think>\n",
+]
+
 
 def model_of(checkpoint: Checkpoint, path: Path) -> Model:
     """Our reference model over the weights that a GGUF file holds."""
@@ -148,6 +157,17 @@ def test_logprobs_of_every_family(make_model: Callable[..., Checkpoint], tmp_pat
         assert logprob_gaps(checkpoint, path).max() < limit
 
 
+def test_logprobs_of_qwen1(make_qwen1: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint, path = Checkpoint(make_qwen1()), tmp_path / "m.gguf"
+    for file_type, limit in (("F32", 0.001), ("F16", 0.02)):
+        export_gguf(checkpoint, path, file_type)
+        assert logprob_gaps(checkpoint, path).max() < limit
+    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    with llama_cpp(path) as server:
+        for text in TEXTS:
+            assert server.tokenize(text, special=True) == tokenizer.encode(text, special=True), text
+
+
 @pytest.mark.parametrize("family", [QWEN2_MOE, QWEN3_MOE], ids=["qwen2moe", "qwen3moe"])
 def test_greedy_tokens_of_models_with_experts(
     make_model: Callable[..., Checkpoint], tmp_path: Path, family: Any
@@ -200,14 +220,6 @@ def test_llama_cpp_tokenizes_as_we_do(reference: Path, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     export_gguf(Checkpoint(reference), path, "Q4_0")
     tokenizer = Tokenizer.from_folder(reference)
-    texts = [
-        "Hello, world! It's 2,024 — naïve café.",
-        "  spaces \n\n\t tabs\r\n end  ",
-        "中文分词测试:今天天气很好。３个苹果",
-        "emoji 👩‍👩‍👧 👍🏽 Å",
-        "def f(x):\n    return x ** 2  # comment\n",
-        "<|im_start|>user\nHi<|im_end|>\n<think>\n",
-    ]
     with llama_cpp(path) as server:
-        for text in texts:
+        for text in TEXTS:
             assert server.tokenize(text, special=True) == tokenizer.encode(text, special=True), text
