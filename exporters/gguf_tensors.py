@@ -10,7 +10,8 @@ import numpy as np
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError, UsageError
 from qwen_quant.grids.base import QuantizedTensor, Scales, to_fp16
-from qwen_quant.grids.gguf import BLOCK, GRIDS, BlockGrid, gguf_grid
+from qwen_quant.grids.blocks import BLOCK
+from qwen_quant.grids.gguf import GRIDS, BlockGrid, gguf_grid
 from qwen_quant.grids.gptq import IntGrid
 from qwen_quant.quantize.recipe import GridChoice
 from qwen_quant.safetensors import f32_to_bf16
