@@ -18,7 +18,8 @@ from qwen_quant.safetensors import f32_to_bf16
 from qwen_quant.spec import TensorInfo
 
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-TYPES = (*FLOAT_BYTES, *GRIDS)
+# Of the grids those whose file types and engine kernels exist.
+TYPES = (*FLOAT_BYTES, "Q4_0", "Q4_1", "Q8_0")
 FALLBACK = "F16"
 # For a float checkpoint's embedding and head: 8 bits cost little loss and are read as quickly as 4.
 OUTER_TYPE = "Q8_0"
