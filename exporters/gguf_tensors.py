@@ -10,7 +10,8 @@ import numpy as np
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError, UsageError
 from qwen_quant.grids.base import QuantizedTensor, Scales, to_fp16
-from qwen_quant.grids.gguf import BLOCK, GRIDS, BlockGrid, gguf_grid
+from qwen_quant.grids.blocks import BLOCK
+from qwen_quant.grids.gguf import GRIDS, BlockGrid, gguf_grid
 from qwen_quant.grids.gptq import IntGrid
 from qwen_quant.quantize.recipe import GridChoice
 from qwen_quant.quantize.stored import StoredTensor
@@ -18,7 +19,8 @@ from qwen_quant.safetensors import f32_to_bf16
 from qwen_quant.spec import TensorInfo
 
 FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-TYPES = (*FLOAT_BYTES, *GRIDS)
+# Of the grids those whose file types and engine kernels exist.
+TYPES = (*FLOAT_BYTES, "Q4_0", "Q4_1", "Q8_0")
 FALLBACK = "F16"
 # For a float checkpoint's embedding and head: 8 bits cost little loss and are read as quickly as 4.
 OUTER_TYPE = "Q8_0"

@@ -107,12 +107,8 @@ class AffineGrid(ABC):
         """Scales that cover the extremes of groups [M, group_size] (round-to-nearest), each [M, 1]."""
 
     @abstractmethod
-    def candidates(self, groups: Array) -> list[Scales]:
-        """Scales the search tries for groups [M, group_size], each [M, 1]."""
-
-    @abstractmethod
-    def refit(self, groups: Array, importance: Array, codes: Array, scales: Scales) -> Scales:
-        """Least-squares scales for given float32 codes, all [M, group_size]."""
+    def search(self, groups: Array, importance: Array) -> Scales:
+        """Scales [M, 1] that minimise sum(importance * (w - decoded)^2) of groups [M, group_size]."""
 
     def columns_per_group(self, k: int) -> int:
         """The group size for a matrix of `k` columns."""
@@ -164,14 +160,20 @@ class AffineGrid(ABC):
             else:
                 mine = xp.broadcast_to(importance, (n, k))[start : start + rows, :]
                 weights = self._cut(mine, size, n_groups, weigh_filling=False)
-                parts.append(self._search(groups, weights))
+                parts.append(self.search(groups, weights))
         scale = xp.reshape(xp.concat([part.scale for part in parts], axis=0), (n, n_groups))
         offset = xp.reshape(xp.concat([part.offset for part in parts], axis=0), (n, n_groups))
         return Scales(scale, offset)
 
     def plain_rounding(self, w: Array) -> QuantizedTensor:
         """Round-to-nearest without calibration: the baseline."""
-        scales = self.fit(w)
+        return self._rounded(w, self.fit(w))
+
+    def searched_rounding(self, w: Array, importance: Array) -> QuantizedTensor:
+        """Round-to-nearest on the scales that `fit` finds for `importance`."""
+        return self._rounded(w, self.fit(w, importance))
+
+    def _rounded(self, w: Array, scales: Scales) -> QuantizedTensor:
         return QuantizedTensor(self, self.encode(w, self.spread(scales, w.shape[1])), scales)
 
     def _cut(self, w: Array, size: int, n_groups: int, weigh_filling: bool = True) -> Array:
@@ -187,21 +189,43 @@ class AffineGrid(ABC):
             w = xp.concat([w, filling if weigh_filling else xp.zeros_like(filling)], axis=1)
         return xp.reshape(w, (n * n_groups, size))
 
-    def _error(self, groups: Array, importance: Array, scales: Scales) -> Array:
+    def error(self, groups: Array, importance: Array, scales: Scales) -> Array:
         """Weighted squared error [M, 1] after rounding."""
         xp = namespace(groups)
         codes = self.round(groups, scales.scale, scales.offset)
         gap = groups - self.value(codes, scales.scale, scales.offset)
         return xp.sum(importance * gap * gap, axis=1, keepdims=True)
 
-    def _search(self, groups: Array, importance: Array) -> Scales:
+
+class CentredGrid(AffineGrid):
+    """A grid whose offset is the code of zero: w = scale * (q - offset)."""
+
+    def value(self, codes: Array, scale: Array, offset: Array) -> Array:
+        return scale * (codes - offset)
+
+    def position(self, w: Array, scale: Array, offset: Array) -> Array:
+        return w / scale + offset
+
+
+class SeparateGroups(AffineGrid):
+    """A grid whose groups share nothing, so that each is searched for itself."""
+
+    @abstractmethod
+    def candidates(self, groups: Array) -> list[Scales]:
+        """Scales the search tries for groups [M, group_size], each [M, 1]."""
+
+    @abstractmethod
+    def refit(self, groups: Array, importance: Array, codes: Array, scales: Scales) -> Scales:
+        """Least-squares scales for given float32 codes, all [M, group_size]."""
+
+    def search(self, groups: Array, importance: Array) -> Scales:
         xp = namespace(groups)
         best = self.plain(groups)
-        best_error = self._error(groups, importance, best)
+        best_error = self.error(groups, importance, best)
 
         def keep(trial: Scales) -> None:
             nonlocal best, best_error
-            error = self._error(groups, importance, trial)
+            error = self.error(groups, importance, trial)
             better = error < best_error
             best = Scales(
                 xp.where(better, trial.scale, best.scale), xp.where(better, trial.offset, best.offset)
@@ -214,13 +238,3 @@ class AffineGrid(ABC):
             codes = self.round(groups, best.scale, best.offset)
             keep(self.refit(groups, importance, codes, best))
         return best
-
-
-class CentredGrid(AffineGrid):
-    """A grid whose offset is the code of zero: w = scale * (q - offset)."""
-
-    def value(self, codes: Array, scale: Array, offset: Array) -> Array:
-        return scale * (codes - offset)
-
-    def position(self, w: Array, scale: Array, offset: Array) -> Array:
-        return w / scale + offset

@@ -18,6 +18,7 @@ from qwen_quant.grids.base import (
     CentredGrid,
     QuantizedTensor,
     Scales,
+    SeparateGroups,
     fp16_scale,
     namespace,
     ratio,
@@ -28,7 +29,7 @@ GROUP_SIZES = (-1, 32, 64, 128)
 V1, V2 = GPTQ_FORMATS = ("gptq", "gptq_v2")
 
 
-class IntGrid(CentredGrid):
+class IntGrid(CentredGrid, SeparateGroups):
     """`bits`-bit integers, symmetric (zero fixed at the middle) or with an integer zero per group."""
 
     def __init__(self, bits: int = 4, group_size: int = 128, sym: bool = True) -> None:

@@ -9,10 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_quant.grids.base import QuantizedTensor, Scales
-from qwen_quant.grids.gguf import BlockGrid, gguf_grid
+from qwen_quant.grids.gguf import GRIDS, BlockGrid, gguf_grid
 from qwen_quant.grids.gptq import BITS, GROUP_SIZES, V1, V2, IntGrid, pack, pack_bits, unpack, unpack_bits
+from qwen_quant.grids.super_blocks import super_scales
 
-BLOCK_TYPES = ["Q4_0", "Q4_1", "Q8_0"]
+# Where the FP16 numbers of a block lie: the bytes that random blocks must not fill.
+HALVES = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
+    "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
+}  # fmt: skip
 
 
 def bit(words: np.ndarray, position: int) -> int:
@@ -122,42 +127,86 @@ def test_zero_of_zero_wraps_in_the_first_format(bits: int) -> None:
     np.testing.assert_array_equal(unpack(packed, grid, V1).scales.offset, tensor.scales.offset)
 
 
-@settings(max_examples=30, deadline=None)
+def ggufs_values(name: str, data: np.ndarray) -> np.ndarray:
+    """Bytes as the gguf package decodes them."""
+    values: np.ndarray = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name])
+    return values
+
+
+@settings(max_examples=60, deadline=None)
 @given(
-    name=st.sampled_from(BLOCK_TYPES),
+    name=st.sampled_from(list(GRIDS)),
     n=st.integers(1, 4),
-    blocks=st.integers(1, 5),
-    scale=st.sampled_from([0.0, 1e-7, 1e-3, 1.0, 300.0]),
+    blocks=st.integers(1, 3),
+    scale=st.sampled_from([0.0, 1e-7, 1e-3, 1.0, 300.0, 1e9]),
+    searched=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_blocks_decode_as_gguf_decodes_them(name: str, n: int, blocks: int, scale: float, seed: int) -> None:
-    grid = gguf_grid(name)
-    w = (np.random.default_rng(seed).standard_normal((n, 32 * blocks)) * scale).astype(np.float32)
-    tensor = grid.plain_rounding(w)
+def test_blocks_decode_as_gguf_decodes_them(
+    name: str, n: int, blocks: int, scale: float, searched: bool, seed: int
+) -> None:
+    grid, rng = gguf_grid(name), np.random.default_rng(seed)
+    k = grid.block_size * blocks
+    w = (rng.standard_normal((n, k)) * scale).astype(np.float32)
+    importance = rng.gamma(0.5, 1.0, k).astype(np.float32)
+    tensor = grid.searched_rounding(w, importance) if searched else grid.plain_rounding(w)
     data = grid.pack(tensor)
     assert data.dtype == np.uint8
     assert data.shape == (n, blocks * grid.block_bytes)
-    theirs = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[name])
+    theirs = ggufs_values(name, data)
+    assert np.isfinite(theirs).all()
     np.testing.assert_array_equal(tensor.decode(), theirs)
     back = grid.unpack(data)
     np.testing.assert_array_equal(back.codes, tensor.codes)
     np.testing.assert_array_equal(back.decode(), theirs)
 
 
-@pytest.mark.parametrize("name", BLOCK_TYPES)
-def test_any_bytes_unpack_and_pack_to_themselves(name: str) -> None:
+@pytest.mark.parametrize("name", GRIDS)
+def test_any_bytes_unpack_and_pack_to_the_same_values(name: str) -> None:
+    """Where a super-block can be written in more ways than one, its bytes may change; no value does."""
     grid = gguf_grid(name)
-    rng = np.random.default_rng(0)
-    codes = rng.integers(0, 256, (3, 64 * grid.block_bytes // 32)).astype(np.uint8)
-    blocks = codes.reshape(3, 2, grid.block_bytes)
-    for offset in range(0, grid.block_bytes - 16 if name != "Q8_0" else 2, 2):
-        blocks[..., offset + 1] = 0x30  # a tame FP16 exponent: no NaN, whose bits need not survive
-    np.testing.assert_array_equal(grid.pack(grid.unpack(codes)), codes)
+    data = np.random.default_rng(0).integers(0, 256, (3, 40 * grid.block_bytes)).astype(np.uint8)
+    for offset in HALVES[name]:
+        # A tame FP16 exponent: no NaN, whose bits need not survive.
+        data.reshape(3, 40, grid.block_bytes)[..., offset + 1] &= 0xBF
+    tensor = grid.unpack(data)
+    expected = ggufs_values(name, data)
+    np.testing.assert_array_equal(tensor.decode(), expected)
+    again = grid.pack(tensor)
+    np.testing.assert_array_equal(ggufs_values(name, again), expected)
+    if grid.group_size == grid.block_size:
+        np.testing.assert_array_equal(again, data)
 
 
-@pytest.mark.parametrize("name", BLOCK_TYPES)
+@pytest.mark.parametrize("name", GRIDS)
 def test_block_sizes_are_ggufs(name: str) -> None:
     grid: BlockGrid = gguf_grid(name)
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
-    assert (grid.group_size, grid.block_bytes) == (block, size)
+    assert (grid.block_size, grid.block_bytes) == (block, size)
     assert grid.bits_per_weight == 8 * size / block
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    bits=st.integers(0, 0x7BFF),
+    limits=st.sampled_from([(0, 15), (0, 63), (-32, 31), (-128, 127)]),
+    seed=st.integers(0, 99),
+)
+def test_super_scales_are_found_again(bits: int, limits: tuple[int, int], seed: int) -> None:
+    """From the products alone, for every FP16 number and any integers."""
+    rng = np.random.default_rng(seed)
+    d = np.full((2, 3), bits, dtype="<u2").view("<f2").astype(np.float32) * (-1) ** seed
+    ints = rng.integers(limits[0], limits[1] + 1, (2, 3, 8)) * rng.integers(0, 2, (2, 3, 1))
+    if limits[0] == 0:
+        d = np.abs(d)
+    products = d[..., None] * ints.astype(np.float32)
+    found, integers = super_scales(products, limits)
+    np.testing.assert_array_equal(found, found.astype("<f2").astype(np.float32))
+    np.testing.assert_array_equal(found[..., None] * integers, products)
+    assert integers.min() >= limits[0] and integers.max() <= limits[1]
+
+
+def test_scales_that_are_no_products_are_refused() -> None:
+    for products in ([1.0, np.pi], [1.0, 64.0], [2.0**-26, 1.0]):
+        with pytest.raises(ValueError, match="not integers times"):
+            super_scales(np.array([[products]], dtype=np.float32), (0, 63))
