@@ -25,8 +25,7 @@ from qwen_quant.quantize.factor import Factor, factorise, output_error, spread_c
 from qwen_quant.quantize.parallel import each_on_its_thread
 
 BLOCK = 128  # columns that the errors of all columns before them are spread into at once
-# Weights that one column's error is spread into at once: they stay in the second-level cache.
-CACHED = 1 << 18
+FEW = 32  # columns among which errors are spread one by one
 FLOATS_AT_ONCE = 1 << 24  # weights of the rows that are solved together: bounds the temporaries
 FALLBACK = "hessian not positive definite: importance-weighted rounding"
 
@@ -146,13 +145,12 @@ def _compensate(w: Tensor, factor: Factor, grid: AffineGrid, columns: _Columns) 
     codes = torch.empty_like(w, dtype=torch.uint8)
     error = torch.empty_like(w)  # W - Q
     cost = torch.zeros(e, n, dtype=torch.float64, device=w.device)
-    few = min(BLOCK, max(8, CACHED // (e * n)))
     for block in _blocks(k):
         target = w[:, block].clone()  # what each column would best be decoded to
         target.baddbmm_(factor.spread[:, block.stop :, block].mT, error[:, block.stop :])
         scales = columns[block]
-        for stop in range(target.shape[1], 0, -few):
-            some = slice(max(0, stop - few), stop)
+        for stop in range(target.shape[1], 0, -FEW):
+            some = slice(max(0, stop - FEW), stop)
             here = slice(block.start + some.start, block.start + some.stop)
             spread = factor.spread[:, here, block]
             _round_columns(
