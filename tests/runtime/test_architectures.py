@@ -47,6 +47,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
+# Of models whose best token leads the next by at least 0.04 wherever the greedy text goes: rounding cannot swap them.
+SEEDS = {"qwen": 9, "qwen2": 18, "qwen2moe": 10, "qwen3": 0, "qwen3moe": 9}
 EVERY = pytest.mark.parametrize("family", list(FAMILIES))
 SPARSE = pytest.mark.parametrize("family", ["qwen2moe", "qwen3moe"])
 
@@ -115,7 +117,7 @@ def made(
     def get(family: str) -> Made:
         if family not in found:
             changes = {"vocab_size": 4112, "tie_word_embeddings": False, **FAMILIES[family]}
-            folder = write_checkpoint(tmp_path_factory.mktemp(family), **changes)
+            folder = write_checkpoint(tmp_path_factory.mktemp(family), SEEDS[family], **changes)
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(reference / name, folder / name)
             found[family] = Made(family, Checkpoint(folder))
