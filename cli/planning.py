@@ -138,7 +138,8 @@ def table(plan: Plan) -> Table:
 
 
 def _row(tensor: StoredTensor) -> tuple[str, ...]:
-    name = tensor.info.name.removeprefix(f"model.layers.{tensor.info.layer}.").removesuffix(".weight")
+    full = tensor.info.name
+    name = (full.partition(f".{tensor.info.layer}.")[2] or full).removesuffix(".weight")
     shape = " × ".join(map(str, (*(() if tensor.count == 1 else (tensor.count,)), *tensor.info.shape)))
     return name, shape, tensor.kind, f"{tensor.bits_per_weight:.3f}", f"{tensor.nbytes / 1e6:.2f}"
 

@@ -79,7 +79,7 @@ class _Problem:
 
     def group_index(self) -> Tensor | None:
         """The group of each stored column [E, K], where it is not in order."""
-        return torch.empty_like(self.order).scatter_(1, self.order, self.groups) if self.desc_act else None
+        return self.groups.gather(1, self.order.argsort(-1)) if self.desc_act else None
 
     def solve(self, weights: Tensor) -> _Rows:
         """Quantize rows [E, N, K]."""
@@ -89,12 +89,9 @@ class _Problem:
         else:
             scales = self._fit(weights, self.importance)
         found, cost = _compensate(w, self.factor, self.grid, _Columns(scales, self.groups))
-        places = torch.empty_like(self.order).scatter_(
-            1, self.order, torch.arange(self.order.shape[1], device=w.device).expand_as(self.order)
-        )
         plain = _Columns(self._fit(weights), self.stored_groups)
         return _Rows(
-            codes=_select(found, places).mT.contiguous(),
+            codes=_select(found, self.order.argsort(-1)).mT.contiguous(),
             scales=scales,
             cost=cost,
             rtn_cost=output_error(_rounding_error(w, self.grid, plain), self.factor),
