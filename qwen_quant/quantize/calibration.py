@@ -28,27 +28,26 @@ def fast_matmul() -> Iterator[None]:
 
 
 class Calibration:
-    """The second moments of one shared input: `hessian` [K, K] = mean over tokens of x xᵀ, FP32."""
+    """The second moments of one shared input: `hessian` [K, K] = mean over tokens of x xᵀ, FP32.
+
+    The mean is kept rather than the sum: for the widest input it is the largest tensor of a run, once is enough.
+    """
 
     def __init__(self, k: int, where: str, device: torch.device | str = "cpu") -> None:
         self.where = where
         self.n_tokens = 0
-        self._sum = torch.zeros(k, k, dtype=torch.float32, device=device)
+        self.hessian = torch.zeros(k, k, dtype=torch.float32, device=device)
 
     def add(self, x: Tensor) -> None:
         """Count inputs x [..., K]. Raises CalibrationError when they are not finite."""
         x = x.reshape(-1, x.shape[-1])
-        # One non-finite input makes its diagonal non-finite, so checking the sum later would find it too, but
+        # One non-finite input makes its diagonal non-finite, so checking the mean later would find it too, but
         # checking here names the layer while the run is young.
         if not torch.isfinite(x.sum()):
             raise CalibrationError(
                 f"{self.where}: activations are not finite; the checkpoint is broken, "
                 "or its config.json is of another model"
             )
-        self._sum.addmm_(x.T, x)
-        self.n_tokens += x.shape[0]
-
-    @property
-    def hessian(self) -> Tensor:
-        """[K, K], FP32."""
-        return self._sum / max(1, self.n_tokens)
+        before, self.n_tokens = self.n_tokens, self.n_tokens + len(x)
+        if len(x):
+            self.hessian.addmm_(x.T, x, beta=before / self.n_tokens, alpha=1 / self.n_tokens)

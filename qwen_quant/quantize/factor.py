@@ -37,33 +37,45 @@ class Factor:
 
 
 def factorise(hessian: Tensor, damp_percent: float) -> Factor:
-    """Factor each H [E, K, K], damped by `damp_percent` of its mean diagonal, and by more where that fails."""
-    diagonal = torch.diagonal(hessian, dim1=1, dim2=2)
-    means = diagonal.mean(-1)
-    spread = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device).repeat(
-        len(hessian), 1, 1
-    )
-    pivots = (diagonal + damp_percent * means[:, None]).clamp(min=0).sqrt()
-    added = damp_percent * means
+    """Factor each H [E, K, K], damped by `damp_percent` of its mean diagonal, and by more where that fails.
+
+    `hessian` is damped in its place meanwhile: for a wide layer a copy would be the largest tensor of the run.
+    """
+    diagonal = torch.diagonal(hessian, dim1=1, dim2=2)  # a view
+    undamped = diagonal.clone()
+    means = undamped.mean(-1)
     dampings, open_ = [0.0] * len(hessian), list(range(len(hessian)))
+    factor = None
     damping = damp_percent
     for _ in range(DAMPING_STEPS):
-        damped = hessian[open_]
-        damped.diagonal(dim1=1, dim2=2).add_(damping * means[open_, None])
-        lower, info = torch.linalg.cholesky_ex(damped)
-        found = torch.diagonal(lower, dim1=1, dim2=2)
+        diagonal.copy_(undamped + damping * means[:, None])
+        spread, info = torch.linalg.cholesky_ex(hessian if factor is None else hessian[open_])
+        pivots = torch.diagonal(spread, dim1=1, dim2=2).clone()
+        spread /= pivots[:, None, :]
         # A value that is not finite, wherever it stands in a row of L, makes the row's diagonal so.
-        good = ((info == 0) & torch.isfinite(found).all(-1)).tolist()
-        for place, (index, fine) in enumerate(zip(open_, good, strict=True)):
+        good = ((info == 0) & torch.isfinite(pivots).all(-1)).tolist()
+        if factor is None:
+            factor = Factor(spread, pivots, damping * means, dampings, [])
+        else:
+            factor.spread[open_], factor.pivots[open_], factor.added[open_] = (
+                spread,
+                pivots,
+                damping * means[open_],
+            )
+        for index in open_:
             dampings[index] = damping
-            if fine:
-                torch.div(lower[place], found[place], out=spread[index])
-                pivots[index], added[index] = found[place], damping * means[index]
         open_ = [index for index, fine in zip(open_, good, strict=True) if not fine]
         if not open_:
             break
         damping *= 10
-    return Factor(spread, pivots, added, dampings, [index in open_ for index in range(len(hessian))])
+    diagonal.copy_(undamped)
+    assert factor is not None
+    factor.failed = [index in open_ for index in range(len(hessian))]
+    for index in open_:
+        factor.spread[index] = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+        factor.added[index] = damp_percent * means[index]
+        factor.pivots[index] = (undamped[index] + factor.added[index]).clamp(min=0).sqrt()
+    return factor
 
 
 def output_error(difference: Tensor, factor: Factor) -> Tensor:

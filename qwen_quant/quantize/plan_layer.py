@@ -5,10 +5,10 @@ intermediate size; E problems of W [N, K] share a solve.
 
     always            hidden states T·H, non-expert weights of one layer, codes of its solved weights (1 byte each)
     attention         contexts T·q_size, unless they are computed again; activations of B tokens
-    a shared input    its Hessian K², twice: the sum and the mean
+    a shared input    its Hessian K²
     experts           their outputs T·H; weights and Hessians of those that are solved together
-    solver            max(E·N·K + 6·E·K², 2·E·N·K + 5·P + E·K²): factorisation, then compensation and errors of the
-                      P weights that are solved at once
+    solver            max(E·N·K + 2·E·K², 2·E·N·K + 5·P + E·K²): the Hessian in the solver's order and its factor,
+                      then compensation and errors of the P weights that are solved at once
     writing           packing of the largest tensor, or a piece of the embedding
 
 Time is counted in operations and divided by what this machine was measured to do (speed.py).
@@ -33,7 +33,7 @@ from qwen_quant.spec import ModelSpec
 FLOAT = 4
 CODE = 1.07  # bytes of a code and its share of the scales, as the quantizer holds them
 # Floats of the solver for each weight that is solved at once, and for each entry of a Hessian.
-COMPENSATION, FACTORISATION = 5, 6
+COMPENSATION, FACTORISATION = 5, 2
 PLAIN = 8  # floats for each weight while a tensor is rounded to nearest
 ATTENTION_FLOATS, MLP_FLOATS = 6, 4  # for each output of a token's projections, in a forward pass
 PIECE = 32 << 20  # stored bytes of a tensor that is copied in pieces
@@ -171,8 +171,9 @@ class CalibratedLayer:
         activations = self.at_once * (MLP_FLOATS * ffn + 4 * hidden_size)
         for name, rows, columns in (("gate and up", 2 * ffn, hidden_size), ("down", hidden_size, ffn)):
             stack = FLOAT * together * rows * columns
-            solving = _solve(together, rows, columns) + stack
-            running = FLOAT * (activations + together * columns * columns)
+            moments = FLOAT * together * columns * columns  # of each expert, beside the stack of them all
+            solving = _solve(together, rows, columns) + stack + moments
+            running = FLOAT * activations + moments
             yield Stage(f"solving {name} of {together} experts", held + max(solving, running))
 
     def _work(self) -> Work:
@@ -213,11 +214,11 @@ class CalibratedLayer:
 
 
 def _solve(problems: int, rows: int, columns: int) -> float:
-    """Bytes of a solve: the sums and means of its Hessians and the solver's own."""
+    """Bytes of a solve: its Hessians and the solver's own."""
     weights, hessians = problems * rows * columns, problems * columns * columns
     parts = min(weights, FLOATS_AT_ONCE * min(problems, torch.get_num_threads()))
     own = max(weights + FACTORISATION * hessians, 2 * weights + COMPENSATION * parts + hessians)
-    return FLOAT * (own + 2 * hessians)
+    return FLOAT * (own + hessians)
 
 
 def _hessian_and_solve(problems: int, tokens: float, rows: int, columns: int) -> Work:
