@@ -1,6 +1,7 @@
 """GGUF reading, CPU kernels and the inference engine (C++, csrc/)."""
 
 import os
+from collections.abc import Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -69,3 +70,23 @@ def rms_norm(x: Floats, weight: Floats, eps: float, isa: str = "auto") -> Floats
 def swiglu(gate: Floats, up: Floats, isa: str = "auto") -> Floats: ...
 def choose_experts(logits: list[float], n_used: int, normalize: bool) -> tuple[list[int], list[float]]: ...
 def attention(q: Floats, keys: Floats, values: Floats, isa: str = "auto") -> Floats: ...
+
+class GridCodes:
+    """How the codes of a grid stand for values."""
+
+    def __init__(
+        self, rule: str, max_code: int, levels: Sequence[float] = (), nearest: Sequence[float] = ()
+    ) -> None: ...
+
+def group_errors(grid: GridCodes, w: Floats, importance: Floats, scale: Floats, offset: Floats) -> Floats: ...
+def group_sums(grid: GridCodes, w: Floats, importance: Floats, scale: Floats, offset: Floats) -> Floats: ...
+def round_columns(
+    grid: GridCodes,
+    target: Floats,
+    scale: Floats,
+    offset: Floats,
+    spread: Floats,
+    w: Floats,
+    codes: Bytes,
+    error: Floats,
+) -> None: ...

@@ -8,10 +8,14 @@ torch tensors alike (array API), so the solver runs them on any device and the e
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import array_api_compat
+import numpy as np
+
+from qwen_quant import _core
 
 Array = Any  # a NumPy array or a torch tensor
 
@@ -26,6 +30,11 @@ FP16_TINY = 2.0**-24
 def namespace(array: Array) -> Any:
     """The array API namespace (NumPy's or torch's) of `array`."""
     return array_api_compat.array_namespace(array)
+
+
+def on_cpu(array: Array) -> bool:
+    """Whether NumPy can see `array`, as it can see a torch tensor on the CPU."""
+    return str(array_api_compat.device(array)) == "cpu"
 
 
 def to_fp16(x: Array) -> Array:
@@ -60,6 +69,18 @@ class Scales:
 
 
 @dataclass
+class Sums:
+    """Sums over each group for some scales of it, all [M, C], weighted by importance. A level is what a scale
+    multiplies: for given levels a group's squared error is a quadratic form in its scale and offset."""
+
+    weight: Array  # of the importance itself
+    value: Array  # of the weights w
+    level: Array
+    square: Array  # of level^2
+    product: Array  # of level * w
+
+
+@dataclass
 class QuantizedTensor:
     """A weight matrix on its grid: codes uint8 [N, K] and the scales of its groups.
 
@@ -84,10 +105,20 @@ class AffineGrid(ABC):
     name: str
     bits: int
     group_size: int  # columns per group; -1 for the whole row
+    # Which formula `value` is, by its name in csrc/grid_kernels.h.
+    rule: str
+    # With a code book: the level of each code, and the nearest code for each half step from the first level on.
+    levels: Sequence[float] = ()
+    nearest_codes: Sequence[float] = ()
 
     @property
     def max_code(self) -> int:
         return 2**self.bits - 1
+
+    @property
+    def compiled(self) -> _core.GridCodes:
+        """The same formula for the compiled loops."""
+        return _core.GridCodes(self.rule, self.max_code, self.levels, self.nearest_codes)
 
     @property
     @abstractmethod
@@ -97,6 +128,10 @@ class AffineGrid(ABC):
     @abstractmethod
     def value(self, codes: Array, scale: Array, offset: Array) -> Array:
         """The decoded float32 value of float32 `codes`, elementwise."""
+
+    @abstractmethod
+    def level(self, codes: Array, offset: Array) -> Array:
+        """What the scale multiplies, elementwise."""
 
     @abstractmethod
     def position(self, w: Array, scale: Array, offset: Array) -> Array:
@@ -190,21 +225,65 @@ class AffineGrid(ABC):
         return xp.reshape(w, (n * n_groups, size))
 
     def error(self, groups: Array, importance: Array, scales: Scales) -> Array:
-        """Weighted squared error [M, 1] after rounding."""
+        """Weighted squared errors [M, C] of groups [M, group_size] after rounding, for C scales of each [M, C]."""
         xp = namespace(groups)
-        codes = self.round(groups, scales.scale, scales.offset)
-        gap = groups - self.value(codes, scales.scale, scales.offset)
-        return xp.sum(importance * gap * gap, axis=1, keepdims=True)
+        if on_cpu(groups):
+            return xp.asarray(_core.group_errors(self.compiled, *_arrays(groups, importance, scales)))
+
+        def of(scale: Array, offset: Array) -> Array:
+            gap = groups - self.value(self.round(groups, scale, offset), scale, offset)
+            return xp.sum(importance * gap * gap, axis=1)
+
+        return xp.stack([of(scale, offset) for scale, offset in _each(scales)], axis=1)
+
+    def sums(self, groups: Array, importance: Array, scales: Scales) -> Sums:
+        """Sums over groups [M, group_size] rounded on C scales of each [M, C]."""
+        xp = namespace(groups)
+        if on_cpu(groups):
+            return Sums(*xp.asarray(_core.group_sums(self.compiled, *_arrays(groups, importance, scales))))
+
+        def of(scale: Array, offset: Array) -> Array:
+            level = self.level(self.round(groups, scale, offset), offset)
+            factors = (xp.ones_like(groups), groups, level, level * level, level * groups)
+            return xp.stack([xp.sum(importance * factor, axis=1) for factor in factors])  # [5, M]
+
+        return Sums(*xp.stack([of(scale, offset) for scale, offset in _each(scales)], axis=-1))
+
+
+def _arrays(groups: Array, importance: Array, scales: Scales) -> list[np.ndarray]:
+    """As the compiled loops want them; the arrays lie on the CPU."""
+    arrays = (groups, importance, scales.scale, scales.offset)
+    return [np.ascontiguousarray(np.asarray(x), dtype=np.float32) for x in arrays]
+
+
+def _each(scales: Scales) -> Iterator[tuple[Array, Array]]:
+    """Scale and offset [M, 1], one of C after the other."""
+    for c in range(scales.scale.shape[1]):
+        yield scales.scale[:, c : c + 1], scales.offset[:, c : c + 1]
 
 
 class CentredGrid(AffineGrid):
     """A grid whose offset is the code of zero: w = scale * (q - offset)."""
 
+    rule = "centred"
+
     def value(self, codes: Array, scale: Array, offset: Array) -> Array:
-        return scale * (codes - offset)
+        return scale * self.level(codes, offset)
+
+    def level(self, codes: Array, offset: Array) -> Array:
+        return codes - offset
 
     def position(self, w: Array, scale: Array, offset: Array) -> Array:
         return w / scale + offset
+
+
+def joined(scales: Sequence[Scales]) -> Scales:
+    """Scales to try, each [M, 1], as one [M, C]."""
+    xp = namespace(scales[0].scale)
+    return Scales(
+        xp.concat([trial.scale for trial in scales], axis=1),
+        xp.concat([trial.offset for trial in scales], axis=1),
+    )
 
 
 class SeparateGroups(AffineGrid):
@@ -215,26 +294,24 @@ class SeparateGroups(AffineGrid):
         """Scales the search tries for groups [M, group_size], each [M, 1]."""
 
     @abstractmethod
-    def refit(self, groups: Array, importance: Array, codes: Array, scales: Scales) -> Scales:
-        """Least-squares scales for given float32 codes, all [M, group_size]."""
+    def refit(self, sums: Sums, scales: Scales) -> Scales:
+        """Least-squares scales for the levels that `scales` led to, all [M, 1]."""
 
     def search(self, groups: Array, importance: Array) -> Scales:
         xp = namespace(groups)
-        best = self.plain(groups)
-        best_error = self.error(groups, importance, best)
-
-        def keep(trial: Scales) -> None:
-            nonlocal best, best_error
+        trials = joined([self.plain(groups), *self.candidates(groups)])
+        errors = self.error(groups, importance, trials)
+        first = xp.argmin(errors, axis=1, keepdims=True)
+        scale, offset, best_error = (
+            xp.take_along_axis(x, first, axis=1) for x in (trials.scale, trials.offset, errors)
+        )
+        best = Scales(scale, offset)
+        for _ in range(REFINEMENTS):
+            trial = self.refit(self.sums(groups, importance, best), best)
             error = self.error(groups, importance, trial)
             better = error < best_error
             best = Scales(
                 xp.where(better, trial.scale, best.scale), xp.where(better, trial.offset, best.offset)
             )
             best_error = xp.where(better, error, best_error)
-
-        for trial in self.candidates(groups):
-            keep(trial)
-        for _ in range(REFINEMENTS):
-            codes = self.round(groups, best.scale, best.offset)
-            keep(self.refit(groups, importance, codes, best))
         return best

@@ -19,6 +19,7 @@ from qwen_quant.grids.base import (
     QuantizedTensor,
     Scales,
     SeparateGroups,
+    Sums,
     fp16_scale,
     namespace,
     ratio,
@@ -76,17 +77,13 @@ class IntGrid(CentredGrid, SeparateGroups):
             trials += [Scales(-trial.scale, trial.offset) for trial in trials]
         return trials
 
-    def refit(self, groups: Array, importance: Array, codes: Array, scales: Scales) -> Scales:
-        xp = namespace(groups)
-        centred = codes - scales.offset
-        norm = xp.sum(importance * centred * centred, axis=1, keepdims=True)
-        dot = xp.sum(importance * centred * groups, axis=1, keepdims=True)
-        scale = fp16_scale(ratio(dot, norm))
+    def refit(self, sums: Sums, scales: Scales) -> Scales:
+        scale = fp16_scale(ratio(sums.product, sums.square))
         if self.sym:
             return Scales(scale, scales.offset)
-        total = xp.sum(importance, axis=1, keepdims=True)
-        gap = xp.sum(importance * (codes - groups / scale), axis=1, keepdims=True)
-        return Scales(scale, self._zero(ratio(gap, total)))
+        # The mean of code - w / scale, of which the old zero is a part of the code.
+        gap = ratio(sums.level - sums.value / scale, sums.weight)
+        return Scales(scale, self._zero(scales.offset + gap))
 
 
 def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:

@@ -22,11 +22,17 @@ _NEAREST = np.searchsorted(_MIDPOINTS, np.arange(2 * (LEVELS[-1] - LEVELS[0]) + 
 class CodeBook(AffineGrid):
     """Levels in place of equal steps. A scale may be 0: no level is."""
 
+    rule = "levels"
+    levels, nearest_codes = LEVELS, tuple(_NEAREST.tolist())
+
     def value(self, codes: Array, scale: Array, offset: Array) -> Array:
+        return scale * self.level(codes, offset)
+
+    def level(self, codes: Array, offset: Array) -> Array:
         xp = namespace(codes)
         levels = xp.asarray(LEVELS, dtype=xp.float32, device=array_api_compat.device(codes))
         flat = xp.reshape(xp.astype(codes, xp.int64), (-1,))
-        return scale * xp.reshape(xp.take(levels, flat, axis=0), codes.shape)
+        return xp.reshape(xp.take(levels, flat, axis=0), codes.shape)
 
     def position(self, w: Array, scale: Array, offset: Array) -> Array:
         """The nearest code itself: nothing lies between codes."""

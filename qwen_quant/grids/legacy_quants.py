@@ -15,6 +15,7 @@ from qwen_quant.grids.base import (
     QuantizedTensor,
     Scales,
     SeparateGroups,
+    Sums,
     fp16_scale,
     namespace,
     ratio,
@@ -72,12 +73,8 @@ class SymmetricBlock(CentredGrid, BlockGrid, SeparateGroups):
         base = self._extreme(groups) * (-1.0 / self.reach)
         return [self._scales(base * (sign * shrink)) for sign in (1.0, -1.0) for shrink in self.shrink]
 
-    def refit(self, groups: Array, importance: Array, codes: Array, scales: Scales) -> Scales:
-        xp = namespace(groups)
-        level = self.value(codes, 1.0, float(self.middle))
-        norm = xp.sum(importance * level * level, axis=1, keepdims=True)
-        dot = xp.sum(importance * level * groups, axis=1, keepdims=True)
-        return self._scales(ratio(dot, norm))
+    def refit(self, sums: Sums, scales: Scales) -> Scales:
+        return self._scales(ratio(sums.product, sums.square))
 
 
 class _ShortSymmetric(SymmetricBlock, _ShortCodes):
@@ -126,10 +123,14 @@ class Q8_0(SymmetricBlock):
 class _WithMinimum(_ShortCodes):
     """w = d * q + m."""
 
+    rule = "minimum"
     cuts: tuple[float, ...]  # shares of the range cut off at either end by the search
 
     def value(self, codes: Array, scale: Array, offset: Array) -> Array:
         return scale * codes + offset
+
+    def level(self, codes: Array, offset: Array) -> Array:
+        return codes
 
     def position(self, w: Array, scale: Array, offset: Array) -> Array:
         return (w - offset) / scale
@@ -147,18 +148,13 @@ class _WithMinimum(_ShortCodes):
     def candidates(self, groups: Array) -> list[Scales]:
         return [self._covering(groups, low, high) for low in self.cuts for high in self.cuts]
 
-    def refit(self, groups: Array, importance: Array, codes: Array, scales: Scales) -> Scales:
+    def refit(self, sums: Sums, scales: Scales) -> Scales:
         # Weighted linear regression of the weights on their codes.
-        xp = namespace(groups)
-
-        def mean(x: Array) -> Array:
-            return ratio(xp.sum(importance * x, axis=1, keepdims=True), total)
-
-        total = xp.sum(importance, axis=1, keepdims=True)
-        q_mean, w_mean = mean(codes), mean(groups)
-        variance = mean((codes - q_mean) ** 2)
-        scale = fp16_scale(ratio(mean((codes - q_mean) * (groups - w_mean)), variance))
-        return Scales(scale, to_fp16(w_mean - scale * q_mean))
+        code, value = ratio(sums.level, sums.weight), ratio(sums.value, sums.weight)
+        variance = ratio(sums.square, sums.weight) - code * code
+        covariance = ratio(sums.product, sums.weight) - code * value
+        scale = fp16_scale(ratio(covariance, variance))
+        return Scales(scale, to_fp16(value - scale * code))
 
     def pack(self, tensor: QuantizedTensor) -> np.ndarray:
         scales = tensor.scales

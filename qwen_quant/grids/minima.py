@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from qwen_quant.grids.base import Array, Scales, fp16_scale, namespace, ratio
+from qwen_quant.grids.base import Array, Scales, Sums, fp16_scale, joined, namespace, ratio
 from qwen_quant.grids.super_blocks import NEIGHBOURS, SuperBlockGrid, total
 
 
@@ -37,11 +37,15 @@ class _Moments:
 class MinimumSuperBlock(SuperBlockGrid):
     """w = d * scale_j * q - dmin * minimum_j: integers from 0 to `limit` for both."""
 
+    rule = "minimum"
     limit: int
     cuts: tuple[tuple[float, float], ...]  # shares of a group's range cut off below and above, as starts
 
     def value(self, codes: Array, scale: Array, offset: Array) -> Array:
         return scale * codes + offset
+
+    def level(self, codes: Array, offset: Array) -> Array:
+        return codes
 
     def position(self, w: Array, scale: Array, offset: Array) -> Array:
         return (w - offset) / scale
@@ -69,50 +73,46 @@ class MinimumSuperBlock(SuperBlockGrid):
     def free(self, groups: Array, importance: Array) -> Scales:
         xp = namespace(groups)
         low, high = self._range(groups)
-        weighted, weight = importance * groups, total(importance)
-        value = ratio(total(weighted), weight)
-        best, best_gain = Scales(xp.zeros_like(low), low), xp.full_like(low, -1.0)
-        for below, above in self.cuts:
-            start = (high - low) * ((1.0 - below - above) / self.max_code)
-            inverse = ratio(xp.ones_like(start), start)
-            codes = (groups - (low + (high - low) * below)) * inverse
-            codes = xp.clip(xp.round(codes), 0.0, float(self.max_code))
-            product = importance * codes
-            norm, dot = total(product * codes), total(weighted * codes)
-            code = ratio(total(product), weight)
-            spread, covariance = norm - weight * code * code, dot - weight * code * value
-            scale = self._slope(covariance, spread, norm)
-            offset = value - scale * code
-            # A minimum is never positive: there the line goes through zero.
-            positive = offset > 0
-            gain = xp.where(positive, ratio(dot * dot, norm), weight * value * value + scale * covariance)
-            scale = xp.where(positive, ratio(dot, norm), scale)
-            better = gain > best_gain
-            best = Scales(
-                xp.where(better, scale, best.scale),
-                xp.where(better, xp.clip(offset, None, 0.0), best.offset),
-            )
-            best_gain = xp.where(better, gain, best_gain)
-        return Scales(xp.where(best.scale > 0, best.scale, xp.ones_like(low)), best.offset)
+        span = high - low
+        span = xp.where(span > 0, span, xp.ones_like(span))
+        sums = self.sums(
+            groups,
+            importance,
+            joined([Scales(span * ((1.0 - b - a) / self.max_code), low + span * b) for b, a in self.cuts]),
+        )
+        code, value = ratio(sums.level, sums.weight), ratio(sums.value, sums.weight)
+        spread = sums.square - sums.weight * code * code
+        covariance = sums.product - sums.weight * code * value
+        scale = self._slope(covariance, spread, sums.square)
+        offset = value - scale * code
+        # A minimum is never positive: there the line goes through zero.
+        positive = offset > 0
+        gain = xp.where(
+            positive,
+            ratio(sums.product * sums.product, sums.square),
+            sums.weight * value * value + scale * covariance,
+        )
+        scale = xp.where(positive, ratio(sums.product, sums.square), scale)
+        best = xp.argmax(gain, axis=1, keepdims=True)
+        scale, offset = (xp.take_along_axis(x, best, axis=1) for x in (scale, xp.clip(offset, None, 0.0)))
+        return Scales(xp.where(scale > 0, scale, xp.ones_like(scale)), offset)
 
-    def _moments(self, groups: Array, importance: Array, codes: Array) -> _Moments:
-        weight = total(importance)
-        code, value = ratio(total(importance * codes), weight), ratio(total(importance * groups), weight)
-        around = importance * (codes - code)
-        spread, covariance = total(around * (codes - code)), total(around * groups)
-        norm = spread + weight * code * code
-        slope = self._slope(covariance, spread, norm)
-        through_zero = ratio(covariance + weight * code * value, norm)
-        start = namespace(groups).where(slope * code < value, through_zero, slope)
-        return _Moments(*(self.by_block(x) for x in (weight, code, value, spread, slope, start)))
+    def _moments(self, sums: Sums) -> _Moments:
+        code, value = ratio(sums.level, sums.weight), ratio(sums.value, sums.weight)
+        spread = sums.square - sums.weight * code * code
+        covariance = sums.product - sums.weight * code * value
+        slope = self._slope(covariance, spread, sums.square)
+        through_zero = ratio(sums.product, sums.square)
+        start = namespace(code).where(slope * code < value, through_zero, slope)
+        return _Moments(*(self.by_block(x) for x in (sums.weight, code, value, spread, slope, start)))
 
     def _slope(self, covariance: Array, spread: Array, norm: Array) -> Array:
         """Of a regression; 0 where all codes are the same but for rounding errors."""
         return namespace(spread).where(spread > 1e-6 * norm, ratio(covariance, spread), covariance * 0.0)
 
-    def stored(self, groups: Array, importance: Array, codes: Array) -> Scales:
-        xp = namespace(groups)
-        moments = self._moments(groups, importance, codes)
+    def stored(self, sums: Sums) -> Scales:
+        xp = namespace(sums.weight)
+        moments = self._moments(sums)
         lowest = xp.clip(moments.start * moments.code - moments.value, 0.0, None)
         top = xp.max(moments.start, axis=-1, keepdims=True) / self.limit
         bottom = xp.max(lowest, axis=-1, keepdims=True) / self.limit

@@ -19,7 +19,9 @@ from qwen_quant.grids.base import (
     Array,
     QuantizedTensor,
     Scales,
+    Sums,
     fp16_scale,
+    joined,
     namespace,
     ratio,
 )
@@ -88,8 +90,7 @@ class SuperBlockGrid(BlockGrid):
         best_error = total(self.by_block(self.error(groups, importance, best)))
         trial = self.free(groups, importance)
         for _ in range(ALTERNATIONS):
-            codes = self.round(groups, trial.scale, trial.offset)
-            trial = self.stored(groups, importance, codes)
+            trial = self.stored(self.sums(groups, importance, trial))
             error = total(self.by_block(self.error(groups, importance, trial)))
             better = xp.reshape(
                 xp.broadcast_to(error < best_error, (error.shape[0], self.groups_per_block)), (-1, 1)
@@ -105,8 +106,8 @@ class SuperBlockGrid(BlockGrid):
         """Scales [M, 1] of groups [M, group_size] each on its own, not yet of the stored form."""
 
     @abstractmethod
-    def stored(self, groups: Array, importance: Array, codes: Array) -> Scales:
-        """Scales [M, 1] of the stored form that are best for given codes [M, group_size]."""
+    def stored(self, sums: Sums) -> Scales:
+        """Scales [M, 1] of the stored form that are best for the levels of `sums` [M, 1]."""
 
 
 class SymmetricSuperBlock(SuperBlockGrid):
@@ -116,10 +117,6 @@ class SymmetricSuperBlock(SuperBlockGrid):
     reach: int  # the level that the extreme value is given, on the negative side
     scale_limits: tuple[int, int]
     starts: tuple[float, ...]  # covering scales tried for a group on its own, relative to extreme / reach
-
-    def level(self, codes: Array) -> Array:
-        """What a scale multiplies."""
-        return self.value(codes, 1.0, float(self.middle))
 
     def _scales(self, scale: Array) -> Scales:
         return Scales(scale, namespace(scale).full_like(scale, float(self.middle)))
@@ -155,23 +152,19 @@ class SymmetricSuperBlock(SuperBlockGrid):
 
     def free(self, groups: Array, importance: Array) -> Scales:
         xp = namespace(groups)
-        base, weighted = self._extreme(groups) * (-1.0 / self.reach), importance * groups
+        base = self._extreme(groups) * (-1.0 / self.reach)
         base = xp.where(base == 0, xp.ones_like(base), base)
-        best, best_gain = base, xp.full_like(base, -1.0)
-        for start in self.starts:
-            level = self.level(self.round(groups, base * start, xp.full_like(base, float(self.middle))))
-            dot, norm = total(weighted * level), total(importance * level * level)
-            fitted = ratio(dot, norm)
-            gain = fitted * dot  # how far the error falls below that of zeros
-            better = gain > best_gain
-            best, best_gain = xp.where(better, fitted, best), xp.where(better, gain, best_gain)
+        trials = joined([self._scales(base * start) for start in self.starts])
+        sums = self.sums(groups, importance, trials)
+        fitted = ratio(sums.product, sums.square)
+        gain = fitted * sums.product  # how far the error falls below that of zeros
+        best = xp.take_along_axis(fitted, xp.argmax(gain, axis=1, keepdims=True), axis=1)
         return self._scales(xp.where(best == 0, xp.ones_like(best), best))
 
-    def stored(self, groups: Array, importance: Array, codes: Array) -> Scales:
-        xp = namespace(groups)
-        level = self.level(codes)
-        norm = self.by_block(total(importance * level * level))  # [M / S, S]
-        wanted = ratio(self.by_block(total(importance * groups * level)), norm)
+    def stored(self, sums: Sums) -> Scales:
+        xp = namespace(sums.square)
+        norm = self.by_block(sums.square)  # [M / S, S]
+        wanted = ratio(self.by_block(sums.product), norm)
         extreme = self._extreme(wanted)
         best_d = best_ints = best_cost = None
         for bound in self.scale_limits:

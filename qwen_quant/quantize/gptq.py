@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwen_quant import _core
 from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales
 from qwen_quant.quantize.factor import Factor, factorise, output_error, spread_cost
 from qwen_quant.quantize.parallel import each_on_its_thread
@@ -169,8 +170,20 @@ def _round_columns(
 ) -> None:
     """Round the targets of a few columns [E, M, N], the last one first, each one's error spread into those before it.
 
-    Writes `codes` and the `error` against the weights `w`; leaves in `target` what each missed its target by.
+    Writes `codes` and the `error` against the weights `w`; leaves in `target` what each missed its target by. On a
+    CPU that is one compiled loop.
     """
+    if target.device.type != "cpu":
+        _round_one_by_one(target, scales, grid, spread, w, codes, error)
+        return
+    tensors = (target, scales.scale, scales.offset, spread, w, codes, error)
+    _core.round_columns(grid.compiled, *(x.numpy() for x in tensors))
+
+
+def _round_one_by_one(
+    target: Tensor, scales: Scales, grid: AffineGrid, spread: Tensor, w: Tensor, codes: Tensor, error: Tensor
+) -> None:
+    """`_round_columns` on any device."""
     for i in range(target.shape[1] - 1, -1, -1):
         scale, offset = scales.scale[:, i], scales.offset[:, i]  # [E, N]
         code = grid.round(target[:, i], scale, offset)
@@ -243,7 +256,7 @@ def _solve_stack(
     factor = factorise(_select(_select(hessian, order).mT, order), damp_percent)
     problem = _Problem(grid, importance, order, factor, desc_act)
     w = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)  # [E, N, K]
-    found = _joined([problem.solve(rows) for rows in w.split(_rows_at_once(w), dim=1)])
+    found = _joined(each_on_its_thread(problem.solve, w.split(_rows_at_once(w), dim=1)))
     index = problem.group_index()
 
     solutions: list[list[Solution]] = [[] for _ in w]
@@ -263,7 +276,10 @@ def _solve_stack(
 
 
 def _rows_at_once(w: Tensor) -> int:
-    return max(1, FLOATS_AT_ONCE // (w.shape[0] * w.shape[2]))
+    """Rows are independent: each thread takes some at a time."""
+    threads = torch.get_num_threads() if w.device.type == "cpu" else 1
+    bound = FLOATS_AT_ONCE // (threads * w.shape[0] * w.shape[2])
+    return max(1, min(bound, -(-w.shape[1] // threads)))
 
 
 def _joined(parts: list[_Rows]) -> _Rows:

@@ -22,6 +22,7 @@ from qwen_quant.moe import PROJECTIONS
 from qwen_quant.quantize.calibration import Calibration
 from qwen_quant.quantize.experts import ExpertInputs, groups_of_experts, shrunk
 from qwen_quant.quantize.gptq import Solution, solve, solve_stack
+from qwen_quant.quantize.heap import give_back_memory
 from qwen_quant.quantize.layer import LinearReport, QuantizedLayer, Stopwatch
 from qwen_quant.quantize.recipe import GridChoice, Recipe
 from qwen_quant.spec import TensorInfo
@@ -131,6 +132,7 @@ class LayerRun:
             inputs.add_outputs(experts, outputs)
             for expert in experts:
                 block.experts[expert].to("meta")
+            give_back_memory()
         return outputs
 
     def _finish_sparse(self, block: SparseMLP, batches: tuple[Tensor, ...], outputs: list[Tensor]) -> None:

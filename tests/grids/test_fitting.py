@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_quant.errors import UsageError
-from qwen_quant.grids.base import AffineGrid, QuantizedTensor, to_fp16
+from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales, to_fp16
 from qwen_quant.grids.blocks import BlockGrid
 from qwen_quant.grids.gguf import GRIDS as BLOCK_GRIDS
 from qwen_quant.grids.gguf import gguf_grid
@@ -46,6 +46,27 @@ def random_weights(grid: AffineGrid, seed: int, scale: float = 1.0) -> np.ndarra
 def decoded(grid: AffineGrid, w: Any, scales: Any) -> Any:
     columns = grid.spread(scales, w.shape[1])
     return grid.decode(grid.encode(w, columns), columns)
+
+
+@EACH_GRID
+@pytest.mark.parametrize("seed", range(3))
+def test_compiled_sums_are_those_of_the_array_api(
+    grid: AffineGrid, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(seed)
+    groups = rng.standard_t(4, (40, 7 if seed == 2 else 32)).astype(np.float32)
+    importance = rng.gamma(0.3, 1.0, groups.shape).astype(np.float32)
+    scale = (0.4 * rng.standard_normal((40, 5))).astype(np.float32)
+    offset = rng.integers(0, grid.max_code + 1, (40, 5)).astype(np.float32)
+    if grid.rule == "minimum":
+        scale, offset = np.abs(scale), -offset / 4
+    trials = Scales(scale, offset)
+    error, sums = grid.error(groups, importance, trials), grid.sums(groups, importance, trials)
+    monkeypatch.setattr("qwen_quant.grids.base.on_cpu", lambda array: False)
+    np.testing.assert_allclose(error, grid.error(groups, importance, trials), rtol=1e-5)
+    for name, found in vars(sums).items():
+        expected = getattr(grid.sums(groups, importance, trials), name)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
 @EACH_GRID

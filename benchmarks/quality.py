@@ -1,0 +1,151 @@
+"""How far each type's file is from BF16: ours against llama-quantize's with an importance matrix of the same text.
+
+    python benchmarks/quality.py MODEL TYPE... --llama-bin DIR --data TEXT [--chunks 100 --json FILE]
+
+DIR holds llama.cpp's llama-quantize, llama-imatrix and llama-perplexity. Both programs see the same calibration
+windows (ours as tokens, theirs as that text), both files have the type's own mix of tensor types, and both are
+measured by llama-perplexity against the same F32 file; `ours` adds what `qwen-quant eval` says of our file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+CTX = 512
+MEAN_KLD = re.compile(r"Mean\s+KLD:\s*(-?[\d.]+)\s*±\s*([\d.]+)")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One type: bytes of the files and mean KLD in nats as llama-perplexity has it, and as our evaluator does."""
+
+    type: str
+    bytes: int
+    peer_bytes: int
+    kld: float
+    peer_kld: float
+    kld_by_eval: float
+
+    @property
+    def ratio(self) -> float:
+        return self.kld / self.peer_kld
+
+
+def run(command: list[str | Path]) -> str:
+    """What a command prints. Exits with its last lines when it fails."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        sys.exit(f"{(done.stdout + done.stderr)[-3000:]}\n{command[0]} failed")
+    return done.stdout + done.stderr
+
+
+def ours(*arguments: str | Path) -> str:
+    return run([sys.executable, "-m", "qwen_quant.cli", *arguments])
+
+
+def write_calibration_text(model: str, samples: int, path: Path) -> None:
+    """The windows that `export` calibrates with, as text."""
+    from qwen_quant import calib_data
+    from qwen_quant.checkpoint import resolve_model
+    from qwen_quant.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(resolve_model(model))
+    windows = calib_data.sample(calib_data.load("builtin"), tokenizer, samples, CTX)
+    path.write_text("".join(tokenizer.decode(window.tolist()) for window in windows))
+
+
+class Peer:
+    """llama.cpp's programs, working in `folder` on the F32 file of the model."""
+
+    def __init__(self, options: argparse.Namespace, folder: Path) -> None:
+        self.bin, self.folder, self.data = options.llama_bin, folder, options.data
+        self.measuring = ["-c", str(CTX), "--chunks", str(options.chunks), "-t", str(options.threads)]
+        self.float32, self.imatrix = folder / "f32.gguf", folder / "imatrix.gguf"
+        self.base = folder / "base.kld"
+        ours("export", options.model, "-o", self.float32, "--type", "F32", "--json")
+        text = folder / "calibration.txt"
+        write_calibration_text(options.model, options.samples, text)
+        made = [self.bin / "llama-imatrix", "-m", self.float32, "-f", text, "-o", self.imatrix]
+        run([*made, "-c", str(CTX), "-t", str(options.threads), "--parse-special"])
+        run([*self._perplexity(self.float32), "--kl-divergence-base", self.base])
+
+    def _perplexity(self, file: Path) -> list[str | Path]:
+        return [self.bin / "llama-perplexity", "-m", file, "-f", self.data, *self.measuring]
+
+    def quantize(self, file_type: str) -> Path:
+        output = self.folder / f"peer-{file_type}.gguf"
+        run([self.bin / "llama-quantize", "--imatrix", self.imatrix, self.float32, output, file_type])
+        return output
+
+    def mean_kld(self, file: Path) -> float:
+        command = [*self._perplexity(file), "--kl-divergence-base", self.base, "--kl-divergence"]
+        text = run(command)
+        found = MEAN_KLD.search(text)
+        if found is None:
+            sys.exit(f"{text[-2000:]}\nllama-perplexity printed no mean KLD")
+        return float(found[1])
+
+
+def measure(file_type: str, options: argparse.Namespace, peer: Peer) -> Row:
+    """Both programs' files of one type."""
+    mine = peer.folder / f"ours-{file_type}.gguf"
+    ours(
+        "export", options.model, "-o", mine, "--type", file_type, "--json",
+        "--num-samples", str(options.samples), *options.export_options.split(),
+    )  # fmt: skip
+    theirs = peer.quantize(file_type)
+    found = ours(
+        "eval", mine, "--reference", options.model, "--data", options.data, "--ctx", str(CTX),
+        "--max-windows", str(options.chunks), "--json",
+    )  # fmt: skip
+    return Row(
+        file_type,
+        mine.stat().st_size,
+        theirs.stat().st_size,
+        peer.mean_kld(mine),
+        peer.mean_kld(theirs),
+        json.loads(found.splitlines()[-1])["kld_mean"],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("types", nargs="+", metavar="TYPE")
+    parser.add_argument("--llama-bin", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--chunks", type=int, default=100)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--export-options", default="", help="More options of our export, in one string.")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        peer = Peer(options, Path(scratch))
+        print("| type | bytes, ours | bytes, llama.cpp | KLD, ours | KLD, llama.cpp | ratio | ours by eval |")
+        print("|---|---:|---:|---:|---:|---:|---:|")
+        for file_type in options.types:
+            row = measure(file_type, options, peer)
+            print(
+                f"| {row.type} | {row.bytes:,} | {row.peer_bytes:,} | {row.kld:.5f} | {row.peer_kld:.5f} "
+                f"| {row.ratio:.2f} | {row.kld_by_eval:.5f} |",
+                flush=True,
+            )
+            rows.append(row)
+    if options.json:
+        report = [asdict(row) | {"ours/peer": row.ratio} for row in rows]
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
