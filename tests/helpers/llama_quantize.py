@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     ),
     "experts by type": ("qwen2moe, 6 experts", ["--tensor-type", "ffn_down_exps=q6_k"]),
 }  # fmt: skip
-Choice = dict[str, str]  # "*" and the type of most matrices; the others by name
+# Types by tensor; in the table "*" and the type of most matrices, and of other kinds the runs of types by layer.
+Choice = dict[str, str]
 
 
 def cases() -> list[tuple[str, str, str, bool]]:
@@ -86,7 +88,17 @@ def key(options: str, model: str, kind: str, matrix: bool) -> str:
 def shortened(types: Choice) -> Choice:
     """The types of all matrices in the table's form."""
     most = Counter(types.values()).most_common(1)[0][0]
-    return {"*": most} | {name: kind for name, kind in types.items() if kind != most}
+    by_kind: dict[str, dict[int, str]] = {}
+    for name, kind in types.items():
+        found = re.fullmatch(r"(?:blk\.(\d+)\.)?(.+)\.weight", name)
+        assert found is not None
+        by_kind.setdefault(found[2], {})[int(found[1] or 0)] = kind
+    runs = {
+        name: " ".join(f"{len(list(run))}x{kind}" for kind, run in groupby(kinds[i] for i in sorted(kinds)))
+        for name, kinds in sorted(by_kind.items())
+        if set(kinds.values()) != {most}
+    }
+    return {"*": most} | runs
 
 
 def write_imatrix(path: Path) -> None:
