@@ -98,7 +98,7 @@ def make_artifacts(checkpoint: Checkpoint, folder: Path) -> list[Artifact]:
     """The checkpoint as BF16, GPTQ at 8 and 4 bits, and Q4_0, each also as the GGUF file that runs."""
     from qwen_quant.checkpoint import Checkpoint
     from qwen_quant.cli import calibrating
-    from qwen_quant.exporters.gguf import export_gguf, grid_choice
+    from qwen_quant.exporters.gguf import TypeOptions, export_gguf, plan_file
     from qwen_quant.exporters.gptq import export_gptq
     from qwen_quant.grids.gptq import IntGrid
     from qwen_quant.quantize.recipe import Recipe, linear_grid
@@ -115,8 +115,11 @@ def make_artifacts(checkpoint: Checkpoint, folder: Path) -> list[Artifact]:
         export_gguf(Checkpoint(target), gguf, record=record)
         made.append(Artifact(name, str(target), gguf))
     gguf = folder / "q4_0.gguf"
-    layers, record = calibrating.quantized_layers(checkpoint, grid_choice("Q4_0"), recipe)
-    export_gguf(checkpoint, gguf, "Q4_0", layers=layers, record=record)
+    types = TypeOptions(token_embedding_type="Q8_0", calibrated=True)
+    layers, record = calibrating.quantized_layers(
+        checkpoint, plan_file(checkpoint, "Q4_0", types).grids, recipe
+    )
+    export_gguf(checkpoint, gguf, "Q4_0", types, layers=layers, record=record)
     made.append(Artifact("Q4_0 GGUF", str(gguf), gguf))
     return made
 

@@ -24,6 +24,8 @@ class ExportOptions(CalibrationOptions):
     type: str | None
     token_embedding_type: str | None
     output_tensor_type: str | None
+    tensor_type: list[str] | None
+    pure: bool
     json: bool
 
 
@@ -36,7 +38,7 @@ def command(
         typer.Option(
             "--type",
             show_default=False,
-            help="F32, F16, BF16, Q8_0, Q4_0 or Q4_1; by default what a GPTQ checkpoint holds, else F16.",
+            help="As llama-quantize names it, like Q4_K_M; by default what a GPTQ checkpoint holds, else F16.",
         ),
     ] = None,
     token_embedding_type: Annotated[
@@ -45,8 +47,20 @@ def command(
     ] = None,
     output_tensor_type: Annotated[
         str | None,
-        typer.Option("--output-tensor-type", show_default=False, help="Type of an untied head alone."),
+        typer.Option("--output-tensor-type", show_default=False, help="Type of the head alone."),
     ] = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor-type",
+            metavar="NAME=TYPE",
+            show_default=False,
+            help="Type of the tensors whose GGUF names match a regular expression, like ffn_down=Q6_K; repeatable.",
+        ),
+    ] = None,
+    pure: Annotated[
+        bool, typer.Option("--pure", help="Every matrix of the type itself, without llama.cpp's mix.")
+    ] = False,
     damp_percent: options.DampPercent = 0.01,
     dataset: options.Dataset = "builtin",
     num_samples: options.NumSamples = 128,
@@ -70,8 +84,8 @@ def run(options: ExportOptions) -> None:
     from qwen_quant.checkpoint import Checkpoint
     from qwen_quant.cli import planning
     from qwen_quant.errors import UsageError
-    from qwen_quant.exporters.gguf import check_type, export_gguf, grid_choice, notes, stored_tensors
-    from qwen_quant.grids.gguf import GRIDS, gguf_grid
+    from qwen_quant.exporters.gguf import TypeOptions, export_gguf, notes, plan_file
+    from qwen_quant.grids.gguf import gguf_grid
 
     if options.format != "gguf":
         raise UsageError(f"--format {options.format}: not supported; choose gguf")
@@ -81,33 +95,31 @@ def run(options: ExportOptions) -> None:
     remarks = notes(checkpoint)
     if not options.json:
         calibrating.announce(remarks)
-    file_type = options.type if options.type is None else check_type(options.type.upper())
-    solving = checkpoint.quantization is None and file_type in GRIDS
-    outer_types = (options.token_embedding_type, options.output_tensor_type)
-    recipe = calibrating.recipe_of(options) if solving else None
-    plan = planning.make_plan(
-        checkpoint, stored_tensors(checkpoint, file_type, *outer_types), recipe, max_ram
+    types = TypeOptions.parse(
+        options.token_embedding_type,
+        options.output_tensor_type,
+        options.tensor_type or (),
+        pure=options.pure,
+        calibrated=not options.no_calibration,
     )
+    file = plan_file(checkpoint, options.type, types)
+    solving = checkpoint.quantization is None and any(
+        t.quantized and t.info.role == "linear" for t in file.stored
+    )
+    recipe = calibrating.recipe_of(options) if solving else None
+    plan = planning.make_plan(checkpoint, file.stored, recipe, max_ram)
     if options.dry_run:
-        planning.report(plan, options, gguf_grid(file_type) if file_type in GRIDS else None, recipe)
+        planning.report(plan, options, gguf_grid, recipe)
         return
     with calibrating.layer_store(options.output, options.resume) as store:
         layers, record = None, None
-        if recipe is not None and file_type is not None:
+        if recipe is not None:
             layers, record = calibrating.quantized_layers(
-                checkpoint, grid_choice(file_type), recipe, store, plan.keep_contexts
+                checkpoint, file.grids, recipe, store, plan.keep_contexts
             )
         elif checkpoint.quantization is not None:
             record = _stored_record(checkpoint.quantization.raw)
-        written = export_gguf(
-            checkpoint,
-            options.output,
-            file_type,
-            layers=layers,
-            record=record,
-            token_embedding_type=outer_types[0],
-            output_tensor_type=outer_types[1],
-        )
+        written = export_gguf(checkpoint, options.output, file.file_type, types, layers=layers, record=record)
     seconds = time.monotonic() - began
     if options.json:
         from qwen_quant.cli.output import print_json

@@ -96,7 +96,7 @@ def run(options: GPTQOptions) -> None:
     stored = stored_tensors(checkpoint, grid, options.tied_head)
     plan = planning.make_plan(checkpoint, stored, recipe, max_ram)
     if options.dry_run:
-        planning.report(plan, options, grid, recipe)
+        planning.report(plan, options, lambda kind: grid, recipe)
         return
     with calibrating.layer_store(options.output, options.resume) as store:
         layers, record = calibrating.quantized_layers(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Callable
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -55,14 +57,24 @@ def make_plan(
 
 
 def report(
-    plan: Plan, options: GPTQOptions | ExportOptions, grid: AffineGrid | None, recipe: Recipe | None
+    plan: Plan,
+    options: GPTQOptions | ExportOptions,
+    grid_of: Callable[[str], AffineGrid],
+    recipe: Recipe | None,
 ) -> None:
-    """Print the plan, as text or as JSON; the time comes from a short timing of this machine."""
-    from qwen_quant.grids.gguf import gguf_grid
+    """Print the plan, as text or as JSON; the time comes from a short timing of this machine.
+
+    `grid_of` is the grid that a quantized tensor's kind names.
+    """
     from qwen_quant.quantize.speed import measure_speed
     from qwen_quant.quantize.stream import pick_device
 
-    speed = measure_speed(grid or gguf_grid("Q8_0"), pick_device("cpu" if recipe is None else recipe.device))
+    counts = Counter[str]()
+    for tensor in plan.tensors:
+        if tensor.quantized:
+            counts[tensor.kind] += tensor.weights
+    grids = {grid_of(kind): float(count) for kind, count in counts.items()}
+    speed = measure_speed(grids, pick_device("cpu" if recipe is None else recipe.device))
     if options.json:
         from qwen_quant.cli.output import print_json
 
@@ -93,6 +105,7 @@ def fields(plan: Plan, speed: Speed) -> dict[str, Any]:
     parts = speed.seconds(plan.work)
     return {
         "bytes": plan.output_bytes,
+        "types": types(plan),
         "outer_tensors": [_tensor_fields(tensor) for tensor in by_layer[-1]],
         "layers": layers,
         "peak_rss_mb": plan.peak / 1e6,
@@ -102,6 +115,16 @@ def fields(plan: Plan, speed: Speed) -> dict[str, Any]:
         "seconds": sum(parts.values()),
         "seconds_of": parts,
     }
+
+
+def types(plan: Plan) -> dict[str, dict[str, int]]:
+    """How many tensors have each type, and their bytes; the largest part first."""
+    found: dict[str, dict[str, int]] = {}
+    for tensor in plan.tensors:
+        entry = found.setdefault(tensor.kind, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += tensor.nbytes
+    return dict(sorted(found.items(), key=lambda item: -item[1]["bytes"]))
 
 
 def _tensor_fields(tensor: StoredTensor) -> dict[str, Any]:
@@ -151,6 +174,8 @@ def print_summary(plan: Plan, speed: Speed, options: GPTQOptions | ExportOptions
     seconds = [sum(speed.seconds(layer.work).values()) for layer in plan.layers]
     total = sum(speed.seconds(plan.work).values())
     print(f"{options.output}: would be {size(plan.output_bytes)}; nothing is written")
+    parts = (f"{part['tensors']} {kind} ({size(part['bytes'])})" for kind, part in types(plan).items())
+    print(f"types: {', '.join(parts)}")
     again = "" if plan.keep_contexts else ", attention computed twice to fit --max-ram"
     kept = f", of which hidden states {size(plan.hidden_states)}" if plan.hidden_states else ""
     print(f"memory: about {size(plan.peak)} ({plan.worst.name}){kept}{again}")

@@ -6,7 +6,7 @@ memory holds one tensor, or one decoder layer while the quantizer delivers them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
@@ -19,7 +19,6 @@ from qwen_quant.errors import FormatError
 from qwen_quant.exporters.gguf_metadata import add_metadata, architecture, check_expressible, exact_context
 from qwen_quant.exporters.gguf_tensors import (
     Choice,
-    check_type,
     choose_types,
     gguf_name,
     grid_choice,
@@ -28,14 +27,24 @@ from qwen_quant.exporters.gguf_tensors import (
     stored_parts,
     stored_shape,
 )
+from qwen_quant.exporters.gguf_types import NO_OPTIONS, TypeOptions, file_type_of
 from qwen_quant.files import atomic_file
 from qwen_quant.grids.base import QuantizedTensor
 from qwen_quant.grids.gguf import GRIDS, gguf_grid
 from qwen_quant.progress import progress
+from qwen_quant.quantize.recipe import GridChoice
 from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.tokenizer import Tokenizer
 
-__all__ = ["Written", "export_gguf", "grid_choice", "native_type", "notes", "stored_tensors"]
+__all__ = [
+    "FilePlan",
+    "TypeOptions",
+    "Written",
+    "export_gguf",
+    "native_type",
+    "notes",
+    "plan_file",
+]
 
 
 class Layer(Protocol):
@@ -55,37 +64,67 @@ class Written:
     unquantized: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class FilePlan:
+    """A GGUF file before it is written: its type, and that of each tensor in order."""
+
+    file_type: str
+    choices: tuple[Choice, ...]
+
+    @property
+    def grids(self) -> GridChoice:
+        """The grid of each linear layer, as the quantizer asks for it."""
+        return grid_choice(self.choices)
+
+    @property
+    def stored(self) -> list[StoredTensor]:
+        """The tensors as a plan of memory and time counts them."""
+        return [choice.planned for choice in self.choices]
+
+
+def plan_file(
+    checkpoint: Checkpoint, file_type: str | None = None, options: TypeOptions = NO_OPTIONS
+) -> FilePlan:
+    """Choose the types of a file of `file_type`, any of llama.cpp's names in gguf_mixes.py.
+
+    Without a `file_type` it is what holds the integers of a GPTQ checkpoint, and F16 for any other. Raises UsageError
+    for unknown types, FormatError for a model that GGUF readers do not know, or integers that a type cannot hold.
+    """
+    check_expressible(checkpoint)
+    if file_type is None:
+        file_type = "F16" if checkpoint.quantization is None else native_type(checkpoint)
+    file_type = file_type_of(file_type)
+    return FilePlan(file_type, tuple(choose_types(checkpoint, file_type, options)))
+
+
 def export_gguf(
     checkpoint: Checkpoint,
     output: Path,
     file_type: str | None = None,
+    options: TypeOptions = NO_OPTIONS,
     *,
     layers: Iterable[Layer] | None = None,
     record: Mapping[str, Any] | None = None,
-    token_embedding_type: str | None = None,
-    output_tensor_type: str | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> Written:
-    """Write `checkpoint` as a GGUF file of `file_type` (F32, F16, BF16, Q8_0, Q4_0, Q4_1).
+    """Write `checkpoint` as a GGUF file with the types of `plan_file`.
 
-    `layers` delivers quantized decoder layers in order, on the grids of `grid_choice(file_type)`; without it
-    weights are rounded to nearest, and the integers of a GPTQ checkpoint are repacked unchanged (they also
-    decide what no `file_type` means). Norms and biases stay F32. Embedding and head are Q8_0 in a quantized
-    file, or what a GPTQ checkpoint stores, unless `token_embedding_type` or `output_tensor_type` are given.
-    `record` (the recipe) is written under `qwen_quant.*`.
+    `layers` delivers quantized decoder layers in order, on the grids of that plan; without it weights are rounded to
+    nearest, and the integers of a GPTQ checkpoint are repacked unchanged. Norms and biases stay F32. `record` (the
+    recipe) is written under `qwen_quant.*`.
 
-    Raises UsageError for unknown types, FormatError when a tensor does not fit its type or the architecture has
-    something that GGUF readers do not know, CheckpointError for weights that are missing or not finite,
-    OutputError when `output` cannot be written.
+    Raises what `plan_file` raises, FormatError when a tensor does not fit its type, CheckpointError for weights that
+    are missing or not finite, OutputError when `output` cannot be written.
     """
-    file_type, choices = _choices(checkpoint, file_type, token_embedding_type, output_tensor_type)
+    plan = plan_file(checkpoint, file_type, options)
+    choices = plan.choices
     written = Written(types={c.info.name: c.type for c in choices})
     written.unquantized = {c.info.name: c.reason for c in choices if c.reason and c.type not in GRIDS}
     tokenizer = Tokenizer.from_folder(checkpoint.folder) if tokenizer is None else tokenizer
     with atomic_file(Path(output)) as path:
         writer = gguf.GGUFWriter(path, architecture(checkpoint.spec))
         try:
-            add_metadata(writer, checkpoint, tokenizer, file_type, record or {})
+            add_metadata(writer, checkpoint, tokenizer, plan.file_type, record or {})
             _write_header(writer, choices)
             if layers is None:
                 _write_stored(writer, checkpoint, choices)
@@ -106,38 +145,6 @@ def notes(checkpoint: Checkpoint) -> list[str]:
         f"context_length is {exact_context(spec)} instead of {spec.context_length}: beyond that the model needs "
         "dual chunk attention, which GGUF readers do not have"
     ]
-
-
-def stored_tensors(
-    checkpoint: Checkpoint,
-    file_type: str | None = None,
-    token_embedding_type: str | None = None,
-    output_tensor_type: str | None = None,
-) -> list[StoredTensor]:
-    """What `export_gguf` would write. Raises as it does."""
-    _, choices = _choices(checkpoint, file_type, token_embedding_type, output_tensor_type)
-    return [choice.planned for choice in choices]
-
-
-def _choices(
-    checkpoint: Checkpoint,
-    file_type: str | None,
-    token_embedding_type: str | None,
-    output_tensor_type: str | None,
-) -> tuple[str, list[Choice]]:
-    """The file's type and that of each tensor."""
-    check_expressible(checkpoint)
-    if file_type is None:
-        file_type = "F16" if checkpoint.quantization is None else native_type(checkpoint)
-    check_type(file_type)
-    for option, chosen in (
-        ("--token-embedding-type", token_embedding_type),
-        ("--output-tensor-type", output_tensor_type),
-    ):
-        if chosen is not None:
-            check_type(chosen, option)
-    choices = choose_types(checkpoint, file_type, token_embedding_type, output_tensor_type)
-    return file_type, choices
 
 
 def _write_header(writer: gguf.GGUFWriter, choices: Iterable[Choice]) -> None:
@@ -181,7 +188,7 @@ def _write(writer: gguf.GGUFWriter, choice: Choice, parts: Iterable[np.ndarray])
     writer.write_tensor_data(array, tensor_endianess=gguf.GGUFEndian.LITTLE)
 
 
-def _write_stored(writer: gguf.GGUFWriter, checkpoint: Checkpoint, choices: list[Choice]) -> None:
+def _write_stored(writer: gguf.GGUFWriter, checkpoint: Checkpoint, choices: Sequence[Choice]) -> None:
     """Every tensor from the checkpoint as it is."""
     with progress("writing", len(choices)) as advance:
         for choice in choices:
@@ -192,7 +199,7 @@ def _write_stored(writer: gguf.GGUFWriter, checkpoint: Checkpoint, choices: list
 def _write_layers(
     writer: gguf.GGUFWriter,
     checkpoint: Checkpoint,
-    choices: list[Choice],
+    choices: Sequence[Choice],
     layers: Iterable[Layer],
     written: Written,
 ) -> None:

@@ -13,19 +13,11 @@ import gguf
 from qwen_quant import __version__
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import CheckpointError, FormatError
+from qwen_quant.exporters.gguf_mixes import MIXES
 from qwen_quant.moe import MoESpec
 from qwen_quant.rope import RopeScaling, yarn_attention_factor
 from qwen_quant.spec import ModelSpec
 from qwen_quant.tokenizer import UNUSED, Tokenizer
-
-_FILE_TYPES = {
-    "F32": gguf.LlamaFileType.ALL_F32,
-    "F16": gguf.LlamaFileType.MOSTLY_F16,
-    "BF16": gguf.LlamaFileType.MOSTLY_BF16,
-    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
-    "Q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
-}
 
 
 def add_metadata(
@@ -52,7 +44,7 @@ def _add_general(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_type: str
     writer.add_name(_model_name(checkpoint))
     writer.add_size_label(_size_label(checkpoint.spec))
     writer.add_quantized_by(f"qwen-quant {__version__}")
-    writer.add_file_type(_FILE_TYPES[file_type])
+    writer.add_file_type(MIXES[file_type].code)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError, UsageError
+from qwen_quant.exporters.gguf_types import FLOAT_BYTES, Chooser, TypeOptions, fitting
 from qwen_quant.grids.base import QuantizedTensor, Scales, to_fp16
 from qwen_quant.grids.blocks import BLOCK
 from qwen_quant.grids.gguf import GRIDS, BlockGrid, gguf_grid
@@ -18,12 +19,6 @@ from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.safetensors import f32_to_bf16
 from qwen_quant.spec import TensorInfo
 
-FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-# Of the grids those whose file types and engine kernels exist.
-TYPES = (*FLOAT_BYTES, "Q4_0", "Q4_1", "Q8_0")
-FALLBACK = "F16"
-# For a float checkpoint's embedding and head: 8 bits cost little loss and are read as quickly as 4.
-OUTER_TYPE = "Q8_0"
 _STORED = {"F64": "F32", "F32": "F32", "F16": "F16", "BF16": "BF16"}
 _OUTER_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -107,20 +102,19 @@ class Choice:
         count = int(np.prod(self.info.shape, dtype=np.int64))
         if self.type in FLOAT_BYTES:
             return count * FLOAT_BYTES[self.type]
-        return count // BLOCK * gguf_grid(self.type).block_bytes
+        grid = gguf_grid(self.type)
+        return count // grid.block_size * grid.block_bytes
 
 
-def check_type(type_name: str, option: str = "--type") -> str:
-    """`type_name` itself. Raises UsageError when it is not a type we write."""
-    if type_name not in TYPES:
-        raise UsageError(f"{option} {type_name}: not supported; choose one of {', '.join(TYPES)}")
-    return type_name
-
-
-def grid_choice(file_type: str) -> GridChoice:
-    """The grid of each linear layer in a file of `file_type`, as the quantizer asks for it."""
-    grid = gguf_grid(file_type)
-    return lambda info: grid if info.role == "linear" and info.shape[1] % BLOCK == 0 else None
+def grid_choice(choices: Iterable[Choice]) -> GridChoice:
+    """The grid of each linear layer of a file, as the quantizer asks for it."""
+    grids = {
+        info.name: gguf_grid(choice.type)
+        for choice in choices
+        if choice.type in GRIDS and choice.info.role == "linear"
+        for info in choice.stored
+    }
+    return lambda info: grids.get(info.name)
 
 
 def native_type(checkpoint: Checkpoint) -> str:
@@ -128,8 +122,7 @@ def native_type(checkpoint: Checkpoint) -> str:
 
     Raises FormatError when none does, with the remedy.
     """
-    assert checkpoint.quantization is not None
-    grid = checkpoint.quantization.grid
+    grid = _gptq_grid(checkpoint)
     found = {(4, True): "Q4_0", (8, True): "Q8_0", (4, False): "Q4_1"}.get((grid.bits, grid.sym))
     if found is None:
         kind = "symmetric" if grid.sym else "asymmetric"
@@ -140,29 +133,26 @@ def native_type(checkpoint: Checkpoint) -> str:
     return found
 
 
-def choose_types(
-    checkpoint: Checkpoint, file_type: str, token_embedding_type: str | None, output_tensor_type: str | None
-) -> list[Choice]:
+def _gptq_grid(checkpoint: Checkpoint) -> IntGrid:
+    assert checkpoint.quantization is not None
+    return checkpoint.quantization.grid
+
+
+def choose_types(checkpoint: Checkpoint, file_type: str, options: TypeOptions) -> list[Choice]:
     """The type of every tensor in the order in which they are written: outer ones, then layer by layer.
 
     Raises UsageError when a tied embedding is asked to have two types, FormatError when the integers of a
-    GPTQ checkpoint do not fit `file_type`.
+    GPTQ checkpoint do not fit theirs.
     """
-    if checkpoint.quantization is not None and file_type in GRIDS and file_type != native_type(checkpoint):
-        raise FormatError(
-            f"{checkpoint.folder}: its integers are {checkpoint.quantization.grid.name}, which {file_type} "
-            f"cannot hold; export with --type {native_type(checkpoint)}"
+    wanted = {options.token_embedding_type, options.output_tensor_type} - {None}
+    if checkpoint.spec.tie_word_embeddings and len(wanted) == 2:
+        raise UsageError(
+            "--token-embedding-type and --output-tensor-type differ, but this model's embedding and "
+            "head are one tensor; give the same type"
         )
-    wanted = {"embedding": token_embedding_type, "head": output_tensor_type}
-    if checkpoint.spec.tie_word_embeddings:
-        if None not in wanted.values() and token_embedding_type != output_tensor_type:
-            raise UsageError(
-                "--token-embedding-type and --output-tensor-type differ, but this model's embedding and "
-                "head are one tensor; give the same type"
-            )
-        wanted["embedding"] = token_embedding_type or output_tensor_type
+    chooser = Chooser(checkpoint.spec, file_type, options)
     return [
-        _choose(checkpoint, info, members, file_type, wanted.get(info.role))
+        _choose(checkpoint, info, members, file_type, chooser)
         for info, members in stacked(checkpoint.spec.tensors())
     ]
 
@@ -186,33 +176,42 @@ def _choose(
     info: TensorInfo,
     members: tuple[TensorInfo, ...],
     file_type: str,
-    wanted: str | None,
+    chooser: Chooser,
 ) -> Choice:
     if info.role in ("norm", "bias"):
         return Choice(info, "F32", "a vector: its bytes do not count")
     if info.role == "router":
         return Choice(info, "F32", "it decides which experts run")
-    first = (members or (info,))[0]
-    quantized = {checkpoint.is_quantized(member.name) for member in members or (info,)}
-    if len(quantized) == 2:
+    name, columns = gguf_name(info), info.shape[-1]
+    asked = chooser.asked(name)
+    if _is_quantized(checkpoint, info, members):
+        kind = asked or file_type
+        if kind in GRIDS and kind != native_type(checkpoint):
+            raise FormatError(
+                f"{checkpoint.folder}: its integers are {_gptq_grid(checkpoint).name}, which {kind} "
+                f"cannot hold; export with --type {native_type(checkpoint)}"
+            )
+        return Choice(info, kind, members=members)
+    if asked is None and checkpoint.quantization is not None and file_type in GRIDS:
+        stored = _STORED[checkpoint.source.dtype((members or (info,))[0].name)]
+        return Choice(info, stored, "as the GPTQ checkpoint stores it", members)
+    wanted = chooser.type_of(name, columns)
+    kind = fitting(wanted, columns)
+    reason = "" if asked is None else "asked for"
+    if kind not in GRIDS and wanted in GRIDS:
+        reason = f"{columns} columns are not a multiple of {BLOCK}"
+    return Choice(info, kind, reason, members)
+
+
+def _is_quantized(checkpoint: Checkpoint, info: TensorInfo, members: tuple[TensorInfo, ...]) -> bool:
+    """Whether a GPTQ checkpoint has integers for a tensor."""
+    found = {checkpoint.is_quantized(member.name) for member in members or (info,)}
+    if len(found) == 2:
         raise FormatError(
             f"{checkpoint.folder}: {info.name}: some experts are quantized and some are not, but in GGUF they are "
             "one tensor; export with --type F16"
         )
-    if quantized == {True}:
-        return Choice(info, file_type, members=members)
-    reason = ""
-    if wanted is not None:
-        chosen, reason = wanted, "asked for"
-    elif checkpoint.quantization is not None and file_type in GRIDS:
-        chosen, reason = _STORED[checkpoint.source.dtype(first.name)], "as the GPTQ checkpoint stores it"
-    elif file_type in GRIDS and info.role != "linear":
-        chosen, reason = OUTER_TYPE, "embeddings and heads keep 8 bits"
-    else:
-        chosen = file_type
-    if chosen in GRIDS and info.shape[-1] % BLOCK:
-        return Choice(info, FALLBACK, f"{info.shape[-1]} columns are not a multiple of {BLOCK}", members)
-    return Choice(info, chosen, "" if chosen == file_type else reason, members)
+    return found == {True}
 
 
 def stored_parts(checkpoint: Checkpoint, choice: Choice) -> Iterator[np.ndarray]:
@@ -233,11 +232,11 @@ def stored_parts(checkpoint: Checkpoint, choice: Choice) -> Iterator[np.ndarray]
 
 
 def encode_floats(where: str, parts: Iterable[np.ndarray], type_name: str) -> Iterator[np.ndarray]:
-    """Float32 rows as the stored bytes of `type_name`; grids are rounded to nearest."""
+    """Float32 rows as the stored bytes of `type_name`; grids are rounded without calibration."""
     for part in parts:
         if type_name in GRIDS:
             grid = gguf_grid(type_name)
-            yield grid.pack(grid.plain_rounding(part))
+            yield grid.pack(grid.uncalibrated(part))
         elif type_name == "BF16":
             yield f32_to_bf16(part)
         elif type_name == "F16":
@@ -258,6 +257,8 @@ def pack_tensor(where: str, tensor: QuantizedTensor, grid: BlockGrid) -> np.ndar
     """
     if isinstance(tensor.grid, IntGrid):
         tensor = _repacked(where, tensor, grid)
+    if tensor.grid.name != grid.name:
+        raise FormatError(f"{where}: was quantized as {tensor.grid.name}, but is {grid.name} in this file")
     if not np.isfinite(tensor.scales.scale).all() or not np.isfinite(tensor.scales.offset).all():
         raise FormatError(f"{where}: a scale is not finite; quantize the model again")
     return grid.pack(tensor)

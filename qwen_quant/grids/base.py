@@ -204,6 +204,10 @@ class AffineGrid(ABC):
         """Round-to-nearest without calibration: the baseline."""
         return self._rounded(w, self.fit(w))
 
+    def uncalibrated(self, w: Array) -> QuantizedTensor:
+        """Rounding to nearest when nothing is known about the inputs."""
+        return self.plain_rounding(w)
+
     def searched_rounding(self, w: Array, importance: Array) -> QuantizedTensor:
         """Round-to-nearest on the scales that `fit` finds for `importance`."""
         return self._rounded(w, self.fit(w, importance))

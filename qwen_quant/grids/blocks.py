@@ -34,10 +34,6 @@ class BlockGrid(AffineGrid):
     def unpack(self, data: np.ndarray) -> QuantizedTensor:
         """The inverse of `pack`, from bytes [N, K / block_size * block_bytes]."""
 
-    def uncalibrated(self, w: np.ndarray) -> QuantizedTensor:
-        """Weights [N, K] rounded to nearest when nothing is known about their inputs."""
-        return self.plain_rounding(w)
-
     def blocks(self, values: np.ndarray) -> np.ndarray:
         """Values [N, K] as [N, B, block_size]."""
         return values.reshape(len(values), -1, self.block_size)

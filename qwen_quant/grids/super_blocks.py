@@ -72,9 +72,9 @@ class SuperBlockGrid(BlockGrid):
     def groups_per_block(self) -> int:
         return self.block_size // self.group_size
 
-    def uncalibrated(self, w: np.ndarray) -> QuantizedTensor:
+    def uncalibrated(self, w: Array) -> QuantizedTensor:
         # Covering the extremes wastes these types: without calibration all weights count the same.
-        return self.searched_rounding(w, np.ones(w.shape[1], dtype=np.float32))
+        return self.searched_rounding(w, namespace(w).ones_like(w[:1, :]))
 
     def by_block(self, values: Array) -> Array:
         """Numbers of groups [M, 1] as [M / groups_per_block, groups_per_block]."""

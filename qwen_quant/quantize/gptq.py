@@ -14,7 +14,7 @@ Shapes: E problems, N rows, K columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -208,20 +208,23 @@ def _rounding_error(w: Tensor, grid: AffineGrid, columns: _Columns) -> Tensor:
 def solve(
     weights: list[Tensor],
     hessian: Tensor,
-    grid: AffineGrid,
+    grids: AffineGrid | Sequence[AffineGrid],
     *,
     damp_percent: float = 0.01,
     desc_act: bool = False,
 ) -> list[Solution]:
-    """Quantize weights [N_i, K] that share an input with second moments `hessian` [K, K]."""
+    """Quantize weights [N_i, K] that share an input with second moments `hessian` [K, K].
+
+    `grids` is one for all or one for each.
+    """
     stacks = [weight[None] for weight in weights]
-    return solve_stack(stacks, hessian[None], grid, damp_percent=damp_percent, desc_act=desc_act)[0]
+    return solve_stack(stacks, hessian[None], grids, damp_percent=damp_percent, desc_act=desc_act)[0]
 
 
 def solve_stack(
     weights: list[Tensor],
     hessian: Tensor,
-    grid: AffineGrid,
+    grids: AffineGrid | Sequence[AffineGrid],
     *,
     damp_percent: float = 0.01,
     desc_act: bool = False,
@@ -231,9 +234,10 @@ def solve_stack(
     On a CPU each thread takes a part of the stack. With `desc_act` groups are formed along the act-order and each
     tensor carries its `group_index`. Returns for each of the E problems a solution of each weight.
     """
+    each = [grids] * len(weights) if isinstance(grids, AffineGrid) else list(grids)
 
     def solve_part(part: slice) -> list[list[Solution]]:
-        return _solve_stack([w[part] for w in weights], hessian[part], grid, damp_percent, desc_act)
+        return _solve_stack([w[part] for w in weights], hessian[part], each, damp_percent, desc_act)
 
     e = len(hessian)
     step = -(-e // torch.get_num_threads()) if hessian.device.type == "cpu" else e
@@ -242,24 +246,34 @@ def solve_stack(
 
 
 def _solve_stack(
-    weights: list[Tensor], hessian: Tensor, grid: AffineGrid, damp_percent: float, desc_act: bool
+    weights: list[Tensor], hessian: Tensor, grids: list[AffineGrid], damp_percent: float, desc_act: bool
 ) -> list[list[Solution]]:
-    """`solve_stack` on this thread.
-
-    Weights that share an input are put together along N, which changes nothing in the result (rows are
-    independent) and saves passes.
-    """
+    """`solve_stack` on this thread: the Hessian is factored once, whatever the grids."""
     diagonal = torch.diagonal(hessian, dim1=1, dim2=2)
     # Damped as the solve is: an input that calibration never saw may still come alive later.
     importance = diagonal + (damp_percent * diagonal.mean(-1, keepdim=True)).clamp(min=1e-12)  # [E, K]
     order = torch.argsort(importance, dim=-1, descending=True, stable=True).flip(-1)  # [E, K]
     factor = factorise(_select(_select(hessian, order).mT, order), damp_percent)
-    problem = _Problem(grid, importance, order, factor, desc_act)
+    members: dict[str, list[int]] = {}
+    for index, grid in enumerate(grids):
+        members.setdefault(grid.name, []).append(index)
+    solved: dict[int, list[Solution]] = {}
+    for indices in members.values():
+        problem = _Problem(grids[indices[0]], importance, order, factor, desc_act)
+        found = _solve_together(problem, [weights[index] for index in indices])
+        solved |= dict(zip(indices, found, strict=True))
+    return [[solved[index][e] for index in range(len(weights))] for e in range(len(hessian))]
+
+
+def _solve_together(problem: _Problem, weights: list[Tensor]) -> list[list[Solution]]:
+    """Solutions of each weight [E, N_i, K] on the problem's grid, E of them.
+
+    The weights are put together along N, which changes nothing in the result (rows are independent) and saves passes.
+    """
     w = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)  # [E, N, K]
     found = _joined(each_on_its_thread(problem.solve, w.split(_rows_at_once(w), dim=1)))
-    index = problem.group_index()
-
-    solutions: list[list[Solution]] = [[] for _ in w]
+    index, factor = problem.group_index(), problem.factor
+    solutions: list[list[Solution]] = []
     start = 0
     for weight in weights:
         rows = slice(start, start + weight.shape[1])
@@ -267,11 +281,13 @@ def _solve_stack(
         size = found.size[:, rows].sum(-1).clamp(min=1e-30)
         errors = (found.cost[:, rows].sum(-1) / size).tolist()
         rtn_errors = (found.rtn_cost[:, rows].sum(-1) / size).tolist()
-        for e, solved in enumerate(solutions):
+        solutions.append([])
+        for e in range(len(w)):
             scales = Scales(found.scales.scale[e, rows], found.scales.offset[e, rows])
-            tensor = QuantizedTensor(grid, found.codes[e, rows], scales, None if index is None else index[e])
+            group_index = None if index is None else index[e]
+            tensor = QuantizedTensor(problem.grid, found.codes[e, rows], scales, group_index)
             fallback = FALLBACK if factor.failed[e] else ""
-            solved.append(Solution(tensor, errors[e], rtn_errors[e], factor.dampings[e], fallback))
+            solutions[-1].append(Solution(tensor, errors[e], rtn_errors[e], factor.dampings[e], fallback))
     return solutions
 
 

@@ -191,29 +191,26 @@ class LayerRun:
         return moments
 
     def _quantize(self, stage: tuple[str, ...], moments: Calibration) -> None:
-        """Solve the stage's linears, one stacked solve for each distinct grid."""
+        """Solve the stage's linears together."""
         self.watch.lap("calibrate")
-        for grid, names in self._by_grid(stage):
-            weights = [self._linear(name).weight.data for name in names]
-            solutions = solve(
-                weights,
-                moments.hessian,
-                grid,
-                damp_percent=self.recipe.damp_percent,
-                desc_act=self.recipe.desc_act,
-            )
-            for name, solution in zip(names, solutions, strict=True):
-                self._keep(name, grid, solution, moments.n_tokens)
+        grids = self._grids_of(stage)
+        if not grids:
+            return
+        solutions = solve(
+            [self._linear(name).weight.data for name in grids],
+            moments.hessian,
+            list(grids.values()),
+            damp_percent=self.recipe.damp_percent,
+            desc_act=self.recipe.desc_act,
+        )
+        for (name, grid), solution in zip(grids.items(), solutions, strict=True):
+            self._keep(name, grid, solution, moments.n_tokens)
         self.watch.lap("solve")
 
-    def _by_grid(self, names: tuple[str, ...]) -> Iterable[tuple[AffineGrid, list[str]]]:
-        """Each distinct grid and the linears on it."""
-        found: dict[str, tuple[AffineGrid, list[str]]] = {}
-        for name in names:
-            grid = self.grids(self.infos[f"{self.prefix}{name}.weight"])
-            if grid is not None:
-                found.setdefault(grid.name, (grid, []))[1].append(name)
-        return found.values()
+    def _grids_of(self, names: tuple[str, ...]) -> dict[str, AffineGrid]:
+        """The linears of `names` that are quantized, and their grids."""
+        found = {name: self.grids(self.infos[f"{self.prefix}{name}.weight"]) for name in names}
+        return {name: grid for name, grid in found.items() if grid is not None}
 
     def _quantize_experts(
         self,
@@ -222,8 +219,12 @@ class LayerRun:
         moments: list[Calibration],
         pooled: Callable[[int], Tensor],
     ) -> None:
-        """Solve the same projections of several experts as one stack for each distinct grid."""
+        """Solve the same projections of several experts as one stack."""
         self.watch.lap("calibrate")
+        # An expert's tensors have the same grids as every other's: a grid is chosen for a shape and a name.
+        grids = self._grids_of(tuple(f"mlp.experts.{experts[0]}.{p}" for p in projections))
+        if not grids:
+            return
         size = self._linear(f"mlp.experts.{experts[0]}.{projections[0]}").in_features
         hessian = torch.empty(len(experts), size, size, device=self.device)  # [E, K, K]
         shares = []
@@ -231,22 +232,20 @@ class LayerRun:
             mixed, share = shrunk(own, expert, pooled)
             matrix.copy_(mixed)
             shares.append(share)
-        # An expert's tensors have the same grids as every other's: a grid is chosen for a shape and a name.
-        for grid, names in self._by_grid(tuple(f"mlp.experts.{experts[0]}.{p}" for p in projections)):
-            chosen = [name.rpartition(".")[2] for name in names]
-            solved = solve_stack(
-                [
-                    torch.stack([self._linear(f"mlp.experts.{e}.{p}").weight.data for e in experts])
-                    for p in chosen
-                ],
-                hessian,
-                grid,
-                damp_percent=self.recipe.damp_percent,
-                desc_act=self.recipe.desc_act,
-            )
-            for e, own, share, solutions in zip(experts, moments, shares, solved, strict=True):
-                for projection, solution in zip(chosen, solutions, strict=True):
-                    self._keep(f"mlp.experts.{e}.{projection}", grid, solution, own.n_tokens, share)
+        chosen = [name.rpartition(".")[2] for name in grids]
+        solved = solve_stack(
+            [
+                torch.stack([self._linear(f"mlp.experts.{e}.{p}").weight.data for e in experts])
+                for p in chosen
+            ],
+            hessian,
+            list(grids.values()),
+            damp_percent=self.recipe.damp_percent,
+            desc_act=self.recipe.desc_act,
+        )
+        for e, own, share, solutions in zip(experts, moments, shares, solved, strict=True):
+            for projection, grid, solution in zip(chosen, grids.values(), solutions, strict=True):
+                self._keep(f"mlp.experts.{e}.{projection}", grid, solution, own.n_tokens, share)
         self.watch.lap("solve")
 
     def _keep(

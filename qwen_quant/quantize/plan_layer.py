@@ -72,7 +72,7 @@ class LayerPlan:
 
 
 def _weights(tensors: list[StoredTensor]) -> int:
-    return sum(tensor.count * math.prod(tensor.info.shape) for tensor in tensors)
+    return sum(tensor.weights for tensor in tensors)
 
 
 def copy_work(tensors: list[StoredTensor]) -> Work:

@@ -6,8 +6,9 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,8 +43,11 @@ class Speed:
         }
 
 
-def measure_speed(grid: AffineGrid, device: torch.device) -> Speed:
-    """Time a matrix product, a factorisation, and the rounding of a small weight on `grid`, in FP32 on `device`."""
+def measure_speed(grids: Mapping[AffineGrid, float], device: torch.device) -> Speed:
+    """Time a matrix product, a factorisation, and the rounding of a small weight, in FP32 on `device`.
+
+    `grids` are those that the weights are rounded on, each with its number of weights.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(SIDE, SIDE, generator=generator).to(device)
     hessian = x.T @ x / SIDE + torch.eye(SIDE, device=device)
@@ -52,10 +56,14 @@ def measure_speed(grid: AffineGrid, device: torch.device) -> Speed:
     with fast_matmul(), torch.no_grad():
         matmul = 2 * SIDE**3 / _best(lambda: x @ x, device)
         factor = SIDE**3 / 3 / _best(lambda: factorise(hessian[None], 0.01), device)
-        whole = _best(lambda: solve([weight], small, grid), device)
         rest = 3 * ROWS * COLUMNS**2 / matmul + COLUMNS**3 / 3 / factor
-        rounded = weight.numel() / _best(lambda: grid.plain_rounding(weight), device)
-    return Speed(matmul, factor, weight.numel() / max(whole - rest, whole / 10), rounded)
+        solving = rounding = 0.0  # seconds for all weights of the plan
+        for grid, count in grids.items():
+            whole = _best(partial(solve, [weight], small, grid), device)
+            solving += count / weight.numel() * max(whole - rest, whole / 10)
+            rounding += count / weight.numel() * _best(partial(grid.uncalibrated, weight), device)
+    total = sum(grids.values()) or 1
+    return Speed(matmul, factor, total / max(solving, 1e-9), total / max(rounding, 1e-9))
 
 
 def _best(call: Callable[[], object], device: torch.device, times: int = 3) -> float:

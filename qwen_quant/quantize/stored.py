@@ -20,5 +20,9 @@ class StoredTensor:
     count: int = 1
 
     @property
+    def weights(self) -> int:
+        return self.count * math.prod(self.info.shape)
+
+    @property
     def bits_per_weight(self) -> float:
-        return 8 * self.nbytes / (self.count * math.prod(self.info.shape))
+        return 8 * self.nbytes / self.weights

@@ -49,7 +49,7 @@ def plain_layers(checkpoint: Checkpoint, grids: GridChoice) -> Iterator[Quantize
             for info in spec.layer_tensors(index):
                 grid = grids(info)
                 if grid is not None:
-                    result.tensors[info.name] = grid.plain_rounding(checkpoint.read(info.name))
+                    result.tensors[info.name] = grid.uncalibrated(checkpoint.read(info.name))
             result.seconds = time.monotonic() - began
             yield result
             advance(1, f"layer {index}")

@@ -17,7 +17,7 @@ from helpers.llama_server import llama_cpp
 from helpers.torch_greedy import greedy
 
 from qwen_quant.checkpoint import Checkpoint
-from qwen_quant.exporters.gguf import export_gguf
+from qwen_quant.exporters.gguf import TypeOptions, export_gguf
 from qwen_quant.exporters.gguf_tensors import gguf_name, stacked
 from qwen_quant.model import Model, load_model
 from qwen_quant.safetensors import Planned, SafetensorsWriter
@@ -123,13 +123,21 @@ def test_greedy_tokens_of_the_bundled_model(reference: Path, tmp_path: Path, fil
     assert theirs == greedy(model_of(checkpoint, path), prompt, 64)
 
 
-@pytest.mark.parametrize("file_type", ["Q8_0", "Q4_0", "Q4_1"])
-def test_logprobs_of_the_bundled_model(reference: Path, tmp_path: Path, file_type: str) -> None:
+# Together with these every type of tensor.
+OTHERS = (("attn_q", "Q5_K"), ("attn_k", "IQ4_NL"), ("attn_v", "Q5_0"), ("attn_output", "Q5_1"))
+
+
+@pytest.mark.parametrize(
+    ("file_type", "others"),
+    [("Q8_0", ()), ("Q4_0", ()), ("Q4_1", ()), ("Q2_K", ()), ("Q4_K_M", ()), ("IQ4_XS", OTHERS)],
+)
+def test_logprobs_of_the_bundled_model(reference: Path, tmp_path: Path, file_type: str, others: Any) -> None:
     checkpoint, path = Checkpoint(reference), tmp_path / "m.gguf"
-    export_gguf(checkpoint, path, file_type)
-    # llama.cpp rounds activations to 8 bits wherever a weight is quantized, the reference does not: single
-    # log-probabilities move by up to 0.06 for that alone, so here only their mean is bounded.
-    assert logprob_gaps(checkpoint, path)[:, 0].mean() < 0.02
+    export_gguf(checkpoint, path, file_type, TypeOptions(tensor_types=others))
+    # llama.cpp rounds activations to 8 bits wherever a weight is quantized (for super-blocks with one scale for 256),
+    # the reference does not: single log-probabilities move by up to 0.1 for that alone, so here only their mean is
+    # bounded.
+    assert logprob_gaps(checkpoint, path)[:, 0].mean() < 0.04
     # The same weights stored as F32 take the rounding away, and then every one of them has to agree.
     decoded = decoded_checkpoint(checkpoint, path, tmp_path / "decoded")
     export_gguf(decoded, tmp_path / "decoded.gguf", "F32")

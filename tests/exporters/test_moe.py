@@ -14,8 +14,7 @@ import pytest
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError
-from qwen_quant.exporters.gguf import export_gguf
-from qwen_quant.exporters.gguf_tensors import grid_choice
+from qwen_quant.exporters.gguf import export_gguf, plan_file
 from qwen_quant.exporters.gptq import export_gptq
 from qwen_quant.grids import IntGrid
 from qwen_quant.quantize.layer import QuantizedLayer
@@ -102,7 +101,7 @@ def stored(path: Path, name: str) -> np.ndarray:
 @FAMILIES
 def test_gguf_of_the_quantizer_holds_its_codes(make_model: Make, tmp_path: Path, family: Any) -> None:
     checkpoint, path = make_model(**family), tmp_path / "m.gguf"
-    layers = list(gptq_layers(checkpoint, grid_choice("Q4_0"), WINDOWS, RECIPE))
+    layers = list(gptq_layers(checkpoint, plan_file(checkpoint, "Q4_0").grids, WINDOWS, RECIPE))
     expected = stacks_of(decoded(layers))
     written = export_gguf(checkpoint, path, "Q4_0", layers=layers)
     assert written.types["model.layers.0.mlp.experts.gate_proj.weight"] == "Q4_0"

@@ -9,7 +9,7 @@ import torch
 from qwen_quant.grids import Q4_0, Q4_1, Q8_0, IntGrid
 from qwen_quant.grids.base import AffineGrid
 from qwen_quant.grids.iq4 import IQ4_NL, IQ4_XS
-from qwen_quant.grids.k_quants import Q4_K, Q6_K
+from qwen_quant.grids.k_quants import Q3_K, Q4_K, Q5_K, Q6_K
 from qwen_quant.quantize import gptq
 from qwen_quant.quantize.factor import factorise, output_error
 from qwen_quant.quantize.gptq import solve, solve_stack
@@ -104,6 +104,21 @@ def test_beats_round_to_nearest(grid: AffineGrid) -> None:
     plain = w - grid.plain_rounding(w).decode()
     expected = torch.trace(plain @ hessian @ plain.T) / torch.trace(w @ hessian @ w.T)
     assert solution.rtn_error == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_weights_on_several_grids_are_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share the Hessian's factor, which is computed once."""
+    grids = [Q5_K(), IntGrid(4, 32), Q5_K(), Q3_K()]
+    hessian = problem(k=256)[1]
+    weights = [problem(n, 256, seed=n)[0] for n in (24, 8, 16, 12)]
+    alone = [solve([w], hessian, grid)[0] for w, grid in zip(weights, grids, strict=True)]
+    factored = []
+    monkeypatch.setattr(gptq, "factorise", lambda *given: factored.append(1) or factorise(*given))
+    for one, grid, found in zip(alone, grids, solve(weights, hessian, grids), strict=True):
+        assert found.tensor.grid.name == grid.name
+        assert torch.equal(found.tensor.codes, one.tensor.codes)
+        assert found.error == pytest.approx(one.error, rel=1e-5)
+    assert factored == [1]
 
 
 def test_stacking_changes_nothing() -> None:
