@@ -31,8 +31,11 @@ DENSE_72B = RELEASED["Qwen2.5-72B-Instruct"]["config"]
 
 
 def shapes_only(spec: ModelSpec) -> Checkpoint:
-    """A stand-in for a checkpoint of `spec`, of which only the inventory is looked at."""
-    return cast("Checkpoint", SimpleNamespace(spec=spec, folder=Path("model")))
+    """A stand-in for a checkpoint of `spec`, of which only the inventory is looked at: tens of thousands of experts
+    are listed once."""
+    tensors = spec.tensors()
+    inventory = SimpleNamespace(tensors=lambda: tensors)
+    return cast("Checkpoint", SimpleNamespace(spec=inventory, folder=Path("model")))
 
 
 @pytest.fixture(params=RELEASED)
@@ -106,8 +109,10 @@ def test_qwen1_beyond_its_context(name: str, expected: tuple[int, bool, bool]) -
     assert (qwen1.seq_length, qwen1.use_dynamic_ntk, qwen1.use_logn_attn) == expected
 
 
-def test_every_group_size_fits_every_released_model(spec: ModelSpec) -> None:
+def test_every_group_size_fits_every_released_model(name: str, spec: ModelSpec) -> None:
     """Also 72B's 29568 = 128 * 231, and every expert's 768, 1408, 1536 and 2560."""
+    if name.endswith("-2507"):
+        return  # the shapes of the first release
     checkpoint = shapes_only(spec)
     check_packable(checkpoint)
     assert not [note for size in GROUP_SIZES for note in notes(checkpoint, IntGrid(4, size))]
