@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 import signal
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from qwen_quant.byte_level import spelling_to_bytes
 from qwen_quant.checkpoint import resolve_model
 from qwen_quant.safetensors import Planned, SafetensorsWriter, f32_to_bf16
 from qwen_quant.spec import ModelSpec
+from qwen_quant.tokenizer import Tokenizer
 
 TINY = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -159,3 +163,28 @@ def interrupts_reach_children() -> None:
 def reference() -> Path:
     """The bundled reference checkpoint."""
     return resolve_model("reference")
+
+
+@pytest.fixture(scope="session")
+def with_template(
+    reference: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Tokenizer, Any]]:
+    """with_template(text): the bundled tokenizer with another chat template, as we and as transformers read it."""
+    from transformers import AutoTokenizer
+
+    @functools.cache
+    def make(template: str) -> tuple[Tokenizer, Any]:
+        folder = tmp_path_factory.mktemp("template")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(reference / name, folder / name)
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        return Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def featured(with_template: Callable[[str], tuple[Tokenizer, Any]]) -> tuple[Tokenizer, Any]:
+    """The bundled tokenizer with a template that uses much of Jinja."""
+    path = Path(__file__).parent / "data" / "chat_template.jinja"
+    return with_template(path.read_text(encoding="utf-8"))

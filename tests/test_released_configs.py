@@ -25,7 +25,11 @@ RELEASED: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "configs
 # Keys that a spec holds under their own names, and those that Qwen (1) calls otherwise.
 SAME = ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "tie_word_embeddings"]
 SAME += ["max_position_embeddings", "rope_theta", "rms_norm_eps", "head_dim", "num_key_value_heads"]
-OTHER_NAMES = {"kv_channels": "head_dim", "layer_norm_epsilon": "rms_norm_eps", "rotary_emb_base": "rope_theta"}
+OTHER_NAMES = {
+    "kv_channels": "head_dim",
+    "layer_norm_epsilon": "rms_norm_eps",
+    "rotary_emb_base": "rope_theta",
+}
 OF_EXPERTS = ["num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"]
 DENSE_72B = RELEASED["Qwen2.5-72B-Instruct"]["config"]
 
