@@ -135,12 +135,12 @@ def qwen1_ranks(reference: Path) -> dict[bytes, int]:
     return {spelling_to_bytes(spelling): rank for spelling, rank in vocab.items()}
 
 
-@pytest.fixture
-def make_qwen1(tmp_path: Path, qwen1_ranks: dict[bytes, int]) -> Callable[..., Path]:
-    """A function that writes a random tiny Qwen (1) chat model with its tokenizer's files."""
+@pytest.fixture(scope="session")
+def write_qwen1(qwen1_ranks: dict[bytes, int]) -> Callable[..., Path]:
+    """write_qwen1(folder, seed=…): a random tiny Qwen (1) chat model with its tokenizer's files."""
 
-    def make(name: str = "qwen1", **changes: object) -> Path:
-        folder = write_random_checkpoint(tmp_path / name, {**TINY_QWEN1, **changes})
+    def write(folder: Path, seed: int = 0, **changes: object) -> Path:
+        write_random_checkpoint(folder, {**TINY_QWEN1, **changes}, seed)
         lines = (b64encode(token) + b" %d\n" % rank for token, rank in qwen1_ranks.items())
         (folder / "qwen.tiktoken").write_bytes(b"".join(lines))
         tokenizer = {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer"}
@@ -148,6 +148,16 @@ def make_qwen1(tmp_path: Path, qwen1_ranks: dict[bytes, int]) -> Callable[..., P
         generation = {"chat_format": "chatml", "eos_token_id": 4091, "pad_token_id": 4091}
         (folder / "generation_config.json").write_text(json.dumps(generation))
         return folder
+
+    return write
+
+
+@pytest.fixture
+def make_qwen1(tmp_path: Path, write_qwen1: Callable[..., Path]) -> Callable[..., Path]:
+    """As `write_qwen1`, in a folder of this test; keyword arguments override the config."""
+
+    def make(name: str = "qwen1", **changes: object) -> Path:
+        return write_qwen1(tmp_path / name, **changes)
 
     return make
 
