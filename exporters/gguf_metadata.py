@@ -118,6 +118,11 @@ def check_expressible(checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder}: tie_word_embeddings is true; llama.cpp's {architecture(spec)} has a head of its "
             "own: store the embedding a second time as lm_head.weight and set tie_word_embeddings to false"
         )
+    if spec.output_bias:
+        raise FormatError(
+            f"{checkpoint.folder}: attention_bias is true, but GGUF's {architecture(spec)} has no place for the bias "
+            "of o_proj: use qwen-quant gptq"
+        )
     if spec.sliding_window is not None and spec.sliding_window < spec.context_length:
         raise FormatError(
             f"{checkpoint.folder}: sliding_window {spec.sliding_window} is active in {len(spec.sliding_layers)} "

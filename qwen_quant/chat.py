@@ -127,12 +127,13 @@ def render(template: str, where: str, variables: Mapping[str, Any], guard: Guard
     """
     try:
         return _compile(template, guard.swap.values() if guard else ()).render(**variables)
-    except jinja2.TemplateError as error:
+    except (
+        Exception
+    ) as error:  # a template is a program of somebody else's: it may fail in every way there is
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
-            f"{where}: the chat template fails ({error}); check the messages or the template"
+            f"{where}: the chat template fails ({reason}); check the messages or the template"
         ) from None
-    except (TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
-        raise ConfigError(f"{where}: the chat template cannot render these messages ({error})") from None
 
 
 def _compile(template: str, private: Iterable[str]) -> jinja2.Template:

@@ -7,6 +7,7 @@ null fields, in content split into parts, and in the arguments of a tool call: O
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,6 +69,9 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     found = {key: value for key, value in message.items() if value is not None}
     if isinstance(found.get("content"), (list, tuple)):
         found["content"] = _text_of_parts(found["content"], where)
+    # What a tool returns may be an object: templates print it.
+    if not isinstance(found.get("content", ""), str) and message["role"] != "tool":
+        raise UsageError(f"{where}: content is {reprlib.repr(found['content'])}; give text")
     if message["role"] != "assistant":
         return found
     # An answer that only calls tools has null content in OpenAI's format; Qwen's templates add it as text.

@@ -8,15 +8,16 @@ from typing import Any
 
 from qwen_quant.config import MOST_LAYERS, ConfigReader
 from qwen_quant.errors import ConfigError
+from qwen_quant.fixed import FIXED, check_fixed
 
-# Settings of other experiments with the same code: with any other value the model computes something else.
+_COMPUTED = ("use_dynamic_ntk", "use_logn_attn")  # by this family alone
 _FIXED: dict[str, Any] = {
+    **{key: value for key, value in FIXED.items() if key not in _COMPUTED},
     "activation": "swiglu",
     "apply_residual_connection_post_layernorm": False,
     "audio": None,
     "no_bias": True,
     "rope_scaling": None,
-    "rotary_pct": 1.0,
     "scale_attn_weights": True,
     "seq_length_expansion": 1,
     "use_cache_quantization": False,
@@ -50,11 +51,7 @@ class Qwen1Spec:
 def read_qwen1(get: ConfigReader) -> dict[str, Any]:
     """The fields of a ModelSpec, by name. Raises ConfigError naming the key for what cannot be or is not known."""
     where = get.where
-    for key, value in _FIXED.items():
-        stated = get.config.get(key)
-        if stated is not None and stated != value:
-            remedy = "remove it" if value is None else f"it must be {value!r}"
-            raise ConfigError(f"{where}: {key} is {stated!r}, which is not supported for Qwen (1); {remedy}")
+    check_fixed(get, _FIXED, "Qwen (1)")
     hidden_size, heads = get.positive("hidden_size"), get.positive("num_attention_heads")
     head_dim = get.positive("kv_channels", 128)
     if head_dim * heads != hidden_size:
@@ -105,5 +102,5 @@ def _beyond_context(get: ConfigReader) -> Qwen1Spec:
     if seq_length < 2:
         raise ConfigError(f"{get.where}: seq_length is {seq_length}; it must be at least 2")
     # Absent is on, as in the released configuration_qwen.py.
-    on = {key: get.flag(key) if key in get.config else True for key in ("use_dynamic_ntk", "use_logn_attn")}
+    on = {key: get.flag(key) if key in get.config else True for key in _COMPUTED}
     return Qwen1Spec(seq_length, **on)

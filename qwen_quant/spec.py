@@ -15,6 +15,7 @@ from typing import Any
 from qwen_quant.config import MOST_LAYERS, ConfigReader
 from qwen_quant.dual_chunk import DualChunk, read_dual_chunk
 from qwen_quant.errors import ConfigError
+from qwen_quant.fixed import FIXED, check_fixed
 from qwen_quant.moe import PROJECTIONS, MoESpec, expert_name, read_moe
 from qwen_quant.names import HEAD, HUGGING_FACE, QWEN1, Names
 from qwen_quant.qwen1 import Qwen1Spec, read_qwen1
@@ -120,6 +121,7 @@ class ModelSpec:
         max_position = get.positive("max_position_embeddings", 32768)
         rope_theta, rope_scaling = read_rope(get, head_dim, max_position)
         _check_activation(get)
+        check_fixed(get, _fixed(get, model_type, rope_theta), model_type)
         window, sliding_layers = read_window(get, layers, model_type)
         # Qwen2 always has Q/K/V biases (its MoE may leave them out) and never an output bias; Qwen3's one flag
         # covers all four.
@@ -263,6 +265,15 @@ def _architecture(get: ConfigReader) -> str:
         f"{get.where}: architecture {names or model_type!r} is not supported; "
         f"known are {', '.join(ARCHITECTURES)}"
     )
+
+
+def _fixed(get: ConfigReader, model_type: str, rope_theta: float) -> dict[str, Any]:
+    """What a config may say only in one way, as the family or another key has it."""
+    found = {**FIXED, "rotary_emb_base": rope_theta, "use_qk_norm": model_type.startswith("qwen3")}
+    if model_type != "qwen2_moe":  # which has flags of its own for both
+        found["qkv_bias"] = model_type == "qwen2" or get.flag("attention_bias")
+        found["shared_expert_intermediate_size"] = 0
+    return found
 
 
 def _check_activation(get: ConfigReader) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 import signal
 from base64 import b64encode
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from qwen_quant.byte_level import spelling_to_bytes
 from qwen_quant.checkpoint import resolve_model
 from qwen_quant.safetensors import Planned, SafetensorsWriter, f32_to_bf16
 from qwen_quant.spec import ModelSpec
+from qwen_quant.tokenizer import Tokenizer
 
 TINY = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -131,12 +135,12 @@ def qwen1_ranks(reference: Path) -> dict[bytes, int]:
     return {spelling_to_bytes(spelling): rank for spelling, rank in vocab.items()}
 
 
-@pytest.fixture
-def make_qwen1(tmp_path: Path, qwen1_ranks: dict[bytes, int]) -> Callable[..., Path]:
-    """A function that writes a random tiny Qwen (1) chat model with its tokenizer's files."""
+@pytest.fixture(scope="session")
+def write_qwen1(qwen1_ranks: dict[bytes, int]) -> Callable[..., Path]:
+    """write_qwen1(folder, seed=…): a random tiny Qwen (1) chat model with its tokenizer's files."""
 
-    def make(name: str = "qwen1", **changes: object) -> Path:
-        folder = write_random_checkpoint(tmp_path / name, {**TINY_QWEN1, **changes})
+    def write(folder: Path, seed: int = 0, **changes: object) -> Path:
+        write_random_checkpoint(folder, {**TINY_QWEN1, **changes}, seed)
         lines = (b64encode(token) + b" %d\n" % rank for token, rank in qwen1_ranks.items())
         (folder / "qwen.tiktoken").write_bytes(b"".join(lines))
         tokenizer = {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer"}
@@ -144,6 +148,16 @@ def make_qwen1(tmp_path: Path, qwen1_ranks: dict[bytes, int]) -> Callable[..., P
         generation = {"chat_format": "chatml", "eos_token_id": 4091, "pad_token_id": 4091}
         (folder / "generation_config.json").write_text(json.dumps(generation))
         return folder
+
+    return write
+
+
+@pytest.fixture
+def make_qwen1(tmp_path: Path, write_qwen1: Callable[..., Path]) -> Callable[..., Path]:
+    """As `write_qwen1`, in a folder of this test; keyword arguments override the config."""
+
+    def make(name: str = "qwen1", **changes: object) -> Path:
+        return write_qwen1(tmp_path / name, **changes)
 
     return make
 
@@ -159,3 +173,28 @@ def interrupts_reach_children() -> None:
 def reference() -> Path:
     """The bundled reference checkpoint."""
     return resolve_model("reference")
+
+
+@pytest.fixture(scope="session")
+def with_template(
+    reference: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Tokenizer, Any]]:
+    """with_template(text): the bundled tokenizer with another chat template, as we and as transformers read it."""
+    from transformers import AutoTokenizer
+
+    @functools.cache
+    def make(template: str) -> tuple[Tokenizer, Any]:
+        folder = tmp_path_factory.mktemp("template")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(reference / name, folder / name)
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        return Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def featured(with_template: Callable[[str], tuple[Tokenizer, Any]]) -> tuple[Tokenizer, Any]:
+    """The bundled tokenizer with a template that uses much of Jinja."""
+    path = Path(__file__).parent / "data" / "chat_template.jinja"
+    return with_template(path.read_text(encoding="utf-8"))

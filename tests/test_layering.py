@@ -21,6 +21,7 @@ LAYERS = (
     (
         "qwen_quant.config",
         "qwen_quant.dual_chunk",
+        "qwen_quant.fixed",
         "qwen_quant.moe",
         "qwen_quant.names",
         "qwen_quant.qwen1",

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen_quant.errors import ConfigError
+from qwen_quant.fixed import FIXED
 from qwen_quant.spec import ModelSpec
 
 QWEN3: dict[str, Any] = {
@@ -95,6 +96,56 @@ def test_what_is_not_understood_is_refused_by_name(changes: dict[str, Any], name
     assert named in refusal(**changes)
 
 
+OTHER_ARITHMETIC = [
+    ("use_mrope", True),
+    ("use_rerope", True),
+    ("use_dynamic_ntk", True),
+    ("mrope_section", [16, 24, 24]),
+    ("rope_ratio", 2.0),
+    ("rotary_pct", 0.5),
+    ("is_causal", False),
+    ("attn_output_gate", True),
+    ("attention_multiplier", 0.015),
+    ("final_logit_softcapping", 30.0),
+    ("embedding_multiplier", 12),
+    ("mlp_bias", True),
+    ("scoring_func", "sigmoid"),
+    ("routed_scaling_factor", 2.5),
+    ("n_shared_experts", 1),
+    ("rotary_emb_base", 5000),
+    ("shared_expert_intermediate_size", 64),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), OTHER_ARITHMETIC)
+@pytest.mark.parametrize("base", [QWEN2, QWEN3], ids=["qwen2", "qwen3"])
+def test_other_arithmetic_is_refused_by_name(base: dict[str, Any], key: str, value: Any) -> None:
+    message = refusal(**{**base, key: value})
+    assert f": {key} is {value!r}, which is not supported for {base['model_type']}; " in message
+    assert message.endswith("remove it if it has no effect") or "; it must be " in message
+
+
+def test_a_long_value_is_cut() -> None:
+    assert len(refusal(no_rope_layers=[1] * 500)) < 200
+
+
+def test_keys_that_the_family_decides() -> None:
+    assert "use_qk_norm is True" in refusal(**QWEN2, use_qk_norm=True)
+    assert "use_qk_norm is False" in refusal(use_qk_norm=False)
+    assert "qkv_bias is False" in refusal(**QWEN2, qkv_bias=False)
+    assert "qkv_bias is True" in refusal(qkv_bias=True)
+    assert ModelSpec.from_config({**QWEN3, "qkv_bias": True, "attention_bias": True}).qkv_bias
+
+
+def test_keys_that_say_nothing_new() -> None:
+    """As in the released CodeQwen1.5, Qwen2-Math and Qwen3-Coder, and as other programs leave them."""
+    said = {"rotary_emb_base": 1000000, "seq_length": 65536, "use_mrope": False, "is_causal": True}
+    nothing = {"mrope_section": [], "shared_expert_layers": 0, "n_group": None, "alibi": "", "scale_emb": 1}
+    foreign = {"unsloth_version": "2024.9", "use_cache": True, "pretraining_tp": 1, "use_flash_attn": "auto"}
+    for base in (QWEN2, {**QWEN3, "use_qk_norm": True, "qkv_bias": False}):
+        assert ModelSpec.from_config({**base, **said, **nothing, **foreign}) == ModelSpec.from_config(base)
+
+
 @pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"])
 def test_a_missing_key_is_named(key: str) -> None:
     config = {k: v for k, v in QWEN3.items() if k != key}
@@ -136,7 +187,7 @@ JSON_VALUES = st.recursive(
 
 @given(
     key=st.sampled_from(
-        [*QWEN3, "eos_token_id", "rope_scaling", "rope_parameters", "layer_types", "sliding_window"]
+        [*QWEN3, "eos_token_id", "rope_scaling", "rope_parameters", "layer_types", "sliding_window", *FIXED]
     ),
     value=JSON_VALUES,
 )

@@ -7,7 +7,7 @@ namespace qq {
 
 namespace {
 
-enum class Bias { kNone, kAlways, kMaybe };  // of q, k and v
+enum class Bias { kAlways, kMaybe };  // of q, k and v
 enum class Experts { kNone, kShared, kRouted };  // kShared: and one that sees every token
 
 // What tells one architecture from another.
@@ -23,8 +23,8 @@ constexpr Architecture kArchitectures[] = {
     {"qwen", Bias::kAlways, false, Experts::kNone, true},
     {"qwen2", Bias::kAlways, false, Experts::kNone, false},
     {"qwen2moe", Bias::kMaybe, false, Experts::kShared, false},
-    {"qwen3", Bias::kNone, true, Experts::kNone, false},
-    {"qwen3moe", Bias::kNone, true, Experts::kRouted, false},
+    {"qwen3", Bias::kMaybe, true, Experts::kNone, false},
+    {"qwen3moe", Bias::kMaybe, true, Experts::kRouted, false},
 };
 
 const Architecture& find_architecture(const GgufFile& file) {

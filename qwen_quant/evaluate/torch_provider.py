@@ -33,7 +33,9 @@ class TorchProvider:
 
     @property
     def max_ctx(self) -> int:
-        return self.model.spec.max_position_embeddings
+        """Positions of a window at most: beside the trained length the extended one, where the config has one."""
+        spec = self.model.spec
+        return max(spec.max_position_embeddings, spec.context_length)
 
     @torch.inference_mode()
     def window_logits(self, tokens: Tokens, first: int = 0) -> Logits:

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.scripted import scripted
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.cli import main
 from qwen_quant.exporters.gguf import export_gguf
+from qwen_quant.runtime.session import Session
 from qwen_quant.tokenizer import Tokenizer
 
 COMMAND = [sys.executable, "-m", "qwen_quant.cli"]
@@ -56,6 +58,18 @@ def cli(
 
     yield run
     signal.signal(signal.SIGTERM, terminate)
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """say(answers…): what the model says next; the list fills with what it had read."""
+
+    def script(*answers: str) -> list[str]:
+        contexts: list[str] = []
+        monkeypatch.setattr(Session, "generate", scripted(answers, contexts.append))
+        return contexts
+
+    return script
 
 
 @pytest.fixture
@@ -120,6 +134,33 @@ def gguf_file(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     path = tmp_path_factory.mktemp("gguf") / "reference.gguf"
     export_gguf(Checkpoint(reference), path, "F16")
     return path
+
+
+TOOL_TEMPLATE = """
+{%- if tools %}{{ '<|im_start|>system\\n' }}{% for tool in tools %}{{ tool | tojson }}{% endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content }}
+    {%- for call in message.tool_calls or [] %}
+        {%- set call = call.function or call %}
+        {{- '\\n<tool_call>\\n{"name": "' + call.name + '", "arguments": ' + (call.arguments | tojson) }}
+        {{- '}\\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+
+@pytest.fixture(scope="session")
+def tool_file(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model as GGUF with a template that has a place for tools."""
+    folder = tmp_path_factory.mktemp("tools") / "model"
+    shutil.copytree(reference, folder)
+    (folder / "chat_template.jinja").write_text(TOOL_TEMPLATE, encoding="utf-8")
+    export_gguf(Checkpoint(folder), folder / "tools.gguf", "F16")
+    return folder / "tools.gguf"
 
 
 @pytest.fixture(scope="session")

@@ -191,3 +191,15 @@ def test_the_held_out_text_is_not_calibration_data() -> None:
     known = "\n".join(document.text + str(document.messages) for document in calib_data.load("builtin"))
     assert len(lines) > 100
     assert [line for line in lines if line in known] == []
+
+
+def test_windows_are_as_long_as_the_config_extends_the_context(
+    make_model: Callable[..., Path], make_qwen1: Callable[..., Path]
+) -> None:
+    """A checkpoint runs up to YaRN's length, Qwen (1) beyond the length it was trained on."""
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    extended = make_model(max_position_embeddings=64, rope_scaling=yarn)
+    for folder, longest in ((extended, 256), (make_qwen1(), 512)):
+        assert evaluate(folder, None, ctx=longest, max_windows=1).ppl > 1
+        with pytest.raises(QwenQuantError, match=f"exceed its context of {longest}"):
+            evaluate(folder, None, ctx=longest + 1, max_windows=1)

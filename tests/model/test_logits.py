@@ -194,18 +194,25 @@ def test_rotary_tables_equal_transformers_bit_for_bit(build_oracle: Oracle, rope
         assert torch.equal(found, table[0])
 
 
-@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
-def test_logits_at_position_40_000_equal_transformers(build_oracle: Oracle, model_type: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "rope"),
+    [("qwen2", YARN), ("qwen3", YARN), ("qwen2", {"rope_theta": 1e6}), ("qwen3", {"rope_theta": 1e7})],
+    ids=["qwen2-yarn", "qwen3-yarn", "qwen2-1e6", "qwen3-1e7"],
+)
+def test_logits_at_position_40_000_equal_transformers(
+    build_oracle: Oracle, model_type: str, rope: dict[str, Any]
+) -> None:
+    """Attention at this length takes seconds: one layer shows what the tables do."""
     config = {
         "model_type": model_type,
         "hidden_size": 16,
         "intermediate_size": 24,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
         "vocab_size": 37,
-        "rope_parameters": {"rope_theta": 1e6, **YARN},
-        "max_position_embeddings": 8192,
+        "rope_parameters": {"rope_theta": 1e6, "rope_type": "default", **rope},
+        "max_position_embeddings": 8192 if rope is YARN else 65536,
         **({"head_dim": 16} if model_type == "qwen3" else {}),
     }
     oracle = build_oracle(config, "sdpa")

@@ -66,10 +66,10 @@ class HalfCache(KVCache):
 
 @pytest.fixture
 def make_model(make_checkpoint: Callable[..., Path], reference: Path) -> Callable[..., Checkpoint]:
-    """A tiny random checkpoint with YaRN and the bundled tokenizer."""
+    """A tiny random checkpoint with the bundled tokenizer."""
 
     def make(**changes: Any) -> Checkpoint:
-        folder = make_checkpoint(vocab_size=4112, rope_theta=1e6, **changes)
+        folder = make_checkpoint(**{"vocab_size": 4112, "rope_theta": 1e6, **changes})
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(reference / name, folder / name)
         return Checkpoint(folder)
@@ -102,18 +102,25 @@ def test_greedy_text_equals_the_reference_models(
     assert found == expected and len(found) > 32
 
 
-def test_logits_at_position_40_000(make_model: Callable[..., Checkpoint], tmp_path: Path) -> None:
-    checkpoint = make_model(
-        hidden_size=32,
-        head_dim=16,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        max_position_embeddings=16384,
-        rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16384},
-    )
+FAR = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16384}
+
+
+@pytest.mark.parametrize(
+    ("rope", "position"),
+    [
+        ({"rope_scaling": FAR, "max_position_embeddings": 16384}, 40_000),
+        ({"rope_theta": 1e7, "max_position_embeddings": 65536}, 12_000),
+    ],
+    ids=["yarn", "1e7"],
+)
+def test_logits_far_out(
+    make_model: Callable[..., Checkpoint], tmp_path: Path, rope: dict[str, Any], position: int
+) -> None:
+    small = {"hidden_size": 32, "head_dim": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
+    checkpoint = make_model(**small, num_hidden_layers=1, **rope)
     path = tmp_path / "m.gguf"
     export_gguf(checkpoint, path, "F32")
-    tokens = np.random.default_rng(4).integers(0, 4096, 40_001).astype(np.int32)
+    tokens = np.random.default_rng(4).integers(0, 4096, position + 1).astype(np.int32)
     model = load_model(checkpoint)
     caches: list[KVCache] = [HalfCache() for _ in range(checkpoint.spec.num_hidden_layers)]
     hidden = model.hidden_states(torch.from_numpy(tokens)[None].long(), caches)
