@@ -49,12 +49,15 @@ class Blocks:
         codes = np.pad(self.codes, ((0, 0), (0, filling)), constant_values=self.middle)
         return pack_planes(codes, self.bits, 1).reshape(n, self.scales.shape[1], -1)
 
-    def packed_zeros(self) -> np.ndarray | None:
-        """uint8 [N, ceil(B * bits / 8)], or None."""
-        if self.zeros is None:
-            return None
-        odd = -self.zeros.shape[1] % (8 // self.bits)
-        return pack_planes(np.pad(self.zeros, ((0, 0), (0, odd))), self.bits, 1)
+    def all_zeros(self) -> np.ndarray:
+        """uint8 [N, B], written out where they are all in the middle."""
+        return np.full(self.scales.shape, self.middle, np.uint8) if self.zeros is None else self.zeros
+
+    def packed_zeros(self) -> np.ndarray:
+        """uint8 [N, ceil(B * bits / 8)]."""
+        zeros = self.all_zeros()
+        odd = -zeros.shape[1] % (8 // self.bits)
+        return pack_planes(np.pad(zeros, ((0, 0), (0, odd))), self.bits, 1)
 
 
 def stored_bits(grid: IntGrid) -> int:
@@ -64,10 +67,8 @@ def stored_bits(grid: IntGrid) -> int:
 
 def block_size(grid: IntGrid, k: int) -> int:
     """The block that a matrix of `k` columns on `grid` is stored in: its group, or what divides it."""
-    group = grid.columns_per_group(k)
-    if group >= k:  # one scale for all: any block will do
-        return BLOCKS[0]
-    return next(size for size in BLOCKS if group % size == 0)
+    group = min(grid.columns_per_group(k), k)
+    return next((size for size in BLOCKS if group % size == 0), BLOCKS[-1])
 
 
 def stack_rows(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
@@ -81,8 +82,9 @@ def stack_rows(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
     return QuantizedTensor(tensors[0].grid, codes, scales, tensors[0].group_index)
 
 
-def to_blocks(where: str, tensor: QuantizedTensor) -> Blocks:
-    """The same integers and scales in blocks. `where` names the tensor in errors.
+def to_blocks(where: str, tensor: QuantizedTensor, block: int | None = None) -> Blocks:
+    """The same integers and scales in blocks (of a given size that divides the groups, or the largest there is).
+    `where` names the tensor in errors.
 
     Act-order is undone by sorting the columns by their group; the activation has to be permuted alike (`order`).
     Raises FormatError when groups have other sizes than the grid says, or a scale is not finite.
@@ -97,7 +99,7 @@ def to_blocks(where: str, tensor: QuantizedTensor) -> Blocks:
     if tensor.group_index is not None:
         order = _in_groups(where, tensor.group_index, grid, k)
         codes = codes[:, order]
-    block = block_size(grid, k)
+    block = block or block_size(grid, k)
     n_blocks = -(-k // block)
     group = np.arange(n_blocks) * block // grid.columns_per_group(k)  # of each block
     bits = stored_bits(grid)

@@ -36,6 +36,7 @@ class FusedOps:
     """Adds the steps of a decoder to a graph; weights come from `weights` under their checkpoint's names."""
 
     packs_qkv = True  # GroupQueryAttention takes queries, keys and values side by side
+    packs_experts = True  # MoE and QMoE
 
     def __init__(self, graph: Graph, weights: Weights, spec: ModelSpec) -> None:
         self.graph, self.weights, self.spec = graph, weights, spec
@@ -109,8 +110,7 @@ class FusedOps:
         packed = blocks.packed_codes()
         codes = graph.weight(f"{stem}.codes", "U8", packed.shape, [packed])
         scales = graph.weight(f"{stem}.scales", "F32", (n, n_blocks), [blocks.scales])
-        packed_zeros = blocks.packed_zeros()
-        zeros = "" if packed_zeros is None else graph.array(f"{stem}.zeros", packed_zeros)
+        zeros = "" if blocks.zeros is None else graph.array(f"{stem}.zeros", blocks.packed_zeros())
         if blocks.order is not None:
             x = self.permuted(x, blocks.order)
         return self.product(x, codes, scales, zeros, blocks.shape, (blocks.bits, blocks.block), bias)

@@ -12,7 +12,7 @@ import numpy as np
 
 from qwen_quant.exporters.onnx_fused import FusedOps
 from qwen_quant.exporters.onnx_graph import Graph
-from qwen_quant.exporters.onnx_mlp import add_mlp
+from qwen_quant.exporters.onnx_moe import add_experts, add_shared, swiglu
 from qwen_quant.names import HEAD
 from qwen_quant.spec import ModelSpec
 
@@ -86,6 +86,19 @@ def last_tokens(graph: Graph, hidden: str) -> str:
     start = graph.add("Neg", count)
     end = graph.constant([np.iinfo(np.int64).max])
     return graph.add("Slice", hidden, start, end, graph.constant([1]))
+
+
+def add_mlp(graph: Graph, ops: FusedOps, layer: int, x: str) -> str:
+    """What the layer adds to the hidden states after its attention, from normed ones [batch, seq, hidden]."""
+    spec = ops.spec
+    with graph.scope("mlp"):
+        if spec.moe is None or not spec.is_sparse(layer):
+            prefix = spec.names.layer(layer)
+            return swiglu(ops, x, [f"{prefix}{name}.weight" for name in spec.names.mlp])
+        experts = add_experts(graph, ops, spec.moe, layer, x)
+        if spec.moe.shared_expert_intermediate_size is None:
+            return experts
+        return graph.add("Add", experts, add_shared(graph, ops, layer, x))
 
 
 def add_attention(graph: Graph, ops: FusedOps, step: Any, layer: int, x: str) -> str:

@@ -48,6 +48,12 @@ class Weights:
             raise FormatError(f"{self.where(name)}: is to be quantized in this file, but was not")
         return tensor
 
+    @property
+    def act_order(self) -> bool:
+        """Whether the columns of what comes from the checkpoint may not be in the order of their groups."""
+        config = self.checkpoint.quantization
+        return config is not None and config.desc_act
+
     def blocks(self, names: Sequence[str]) -> Blocks:
         """Quantized linear layers in blocks, one below the other. Raises FormatError as `to_blocks` does."""
         return to_blocks(self.where(names[0]), stack_rows([self.quantized(name) for name in names]))
