@@ -137,6 +137,8 @@ class OnnxEngine:
 
     def _run(self, tokens: npt.NDArray[np.int32], keep: int) -> npt.NDArray[Any]:
         """Logits of at least the last `keep` of `tokens` [T], which join the context."""
+        from onnxruntime import OrtValue
+
         total = self.n_past + len(tokens)
         feeds = {
             "input_ids": tokens.astype(np.int64)[None],
@@ -147,7 +149,8 @@ class OnnxEngine:
         binding = self._session.io_binding()
         for name, values in feeds.items():
             if name in self._inputs or (name == LAST_ONLY and self._keeps_last):
-                binding.bind_cpu_input(name, values)
+                # bind_cpu_input would not find an input that has a default.
+                binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(values))
         self._cache.bind(binding, self.n_past, total)
         binding.bind_output("logits", "cpu")
         self._session.run_with_iobinding(binding)
