@@ -101,7 +101,8 @@ def run(options: ExportOptions) -> None:
     from qwen_quant.grids.gguf import GRIDS, gguf_grid
 
     if options.format == "onnx":
-        return export_onnx.run(options)
+        export_onnx.run(options)
+        return
     if options.format != "gguf":
         raise UsageError(f"--format {options.format}: not supported; choose gguf or onnx")
     began = time.monotonic()

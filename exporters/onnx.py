@@ -26,9 +26,11 @@ from qwen_quant.exporters.onnx_choices import (
     native_type,
 )
 from qwen_quant.exporters.onnx_folder import GRAPH_FOLDER, graph_name, write_folder
-from qwen_quant.exporters.onnx_fused import OPSET, FusedOps
+from qwen_quant.exporters.onnx_fused import FusedOps
 from qwen_quant.exporters.onnx_graph import Graph, WeightFile
 from qwen_quant.exporters.onnx_model import build
+from qwen_quant.exporters.onnx_ops import Ops
+from qwen_quant.exporters.onnx_standard import StandardOps
 from qwen_quant.exporters.onnx_weights import Layer, Weights
 from qwen_quant.files import atomic_folder
 from qwen_quant.grids.gptq import IntGrid
@@ -49,6 +51,15 @@ class Form:
     token_embedding_type: str | None = None
     output_tensor_type: str | None = None
     opset: int | None = None
+
+    @property
+    def operators(self) -> type[Ops]:
+        """Fused operators, or standard ones when an opset is asked for. Raises UsageError for another opset."""
+        if self.opset not in (None, StandardOps.opset):
+            raise UsageError(
+                f"--opset {self.opset}: not supported; {StandardOps.opset} has all that is needed"
+            )
+        return FusedOps if self.opset is None else StandardOps
 
     def resolved(self, checkpoint: Checkpoint) -> tuple[str, IntGrid | None]:
         """The type, and the grid of linear layers that have none yet. Raises UsageError for unknown types."""
@@ -107,13 +118,13 @@ def export_onnx(
         file = folder / GRAPH_FOLDER / graph_name(kind)
         file.parent.mkdir()
         data = WeightFile(file.with_name(f"{file.name}_data"))
-        graph = Graph(data, OPSET)
-        ops = FusedOps(graph, Weights(checkpoint, choices), checkpoint.spec)
+        graph = Graph(data, form.operators.opset)
+        ops = form.operators(graph, Weights(checkpoint, choices), checkpoint.spec)
         build(graph, ops, _arriving(checkpoint, layers, written), checkpoint.spec.plain_context)
         data.close()
         model = graph.model(checkpoint.folder.resolve().name, _metadata(record or {}))
         onnx.save_model(model, file)
-        write_folder(checkpoint, folder, file, kind, shares_buffer=True)
+        write_folder(checkpoint, folder, file, kind, ops.shares_buffer)
         written.bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return written
 

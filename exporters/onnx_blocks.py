@@ -29,7 +29,9 @@ class Blocks:
     codes: np.ndarray  # uint8 [N, K]
     scales: np.ndarray  # float32 [N, B]
     zeros: np.ndarray | None  # uint8 [N, B]; None: 2^(bits - 1) everywhere
-    order: np.ndarray | None = None  # int64 [K]: which column of the activation meets each column of the codes
+    order: np.ndarray | None = (
+        None  # int64 [K]: which column of the activation meets each column of the codes
+    )
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """What stands beside the graph, so that each reader finds its own: onnxruntime-genai, Optimum, transformers.js.
 
-    onnx/model_q4.onnx, onnx/model_q4.onnx_data   the graph and its weights, where transformers.js looks for them
-    genai_config.json                             onnxruntime-genai
-    config.json, generation_config.json, tokenizer files
+onnx/model_q4.onnx, onnx/model_q4.onnx_data   the graph and its weights, where transformers.js looks for them
+genai_config.json                             onnxruntime-genai
+config.json, generation_config.json, tokenizer files
 """
 
 from __future__ import annotations

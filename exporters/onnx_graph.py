@@ -32,7 +32,9 @@ TYPES: dict[str, int] = {
 }
 # Readers map the file: a tensor begins on a cache line, a large one on a page of any system (64 KB on Windows).
 ALIGNMENT, PAGE, LARGE = 64, 1 << 16, 1 << 20
-INLINE_BYTES = 1024  # constants up to this size stay in the graph: readers look at them when shapes are inferred
+INLINE_BYTES = (
+    1024  # constants up to this size stay in the graph: readers look at them when shapes are inferred
+)
 
 
 class WeightFile:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from qwen_quant.exporters.onnx_fused import FusedOps
 from qwen_quant.exporters.onnx_graph import Graph
 from qwen_quant.exporters.onnx_moe import add_experts, add_shared, swiglu
+from qwen_quant.exporters.onnx_ops import Ops, Step
 from qwen_quant.names import HEAD
 from qwen_quant.spec import ModelSpec
 
@@ -50,14 +50,14 @@ def rotary_tables(spec: ModelSpec, length: int) -> tuple[np.ndarray, np.ndarray]
     return tuple(table.numpy()[..., :half].copy() for table in (cos, sin))
 
 
-def build(graph: Graph, ops: FusedOps, layers: Iterable[Any | None], context: int) -> None:
+def build(graph: Graph, ops: Ops, layers: Iterable[Any | None], context: int) -> None:
     """Add the whole decoder, a layer as each of `layers` arrives (None: from the checkpoint)."""
     spec, names = ops.spec, ops.spec.names
     add_inputs(graph, spec)
     cos, sin = rotary_tables(spec, context)
     tables = graph.array("cos_cache", cos), graph.array("sin_cache", sin)
+    step = Step("input_ids", "attention_mask", "position_ids", *tables)
     with graph.scope("model"):
-        step = ops.step("input_ids", "attention_mask", "position_ids", *tables)
         hidden = ops.embed("input_ids", f"{names.embedding}.weight")
         normed = ops.norm(hidden, f"{names.layer(0)}{names.attention_norm}.weight")
         for index, layer in enumerate(layers):
@@ -88,7 +88,7 @@ def last_tokens(graph: Graph, hidden: str) -> str:
     return graph.add("Slice", hidden, start, end, graph.constant([1]))
 
 
-def add_mlp(graph: Graph, ops: FusedOps, layer: int, x: str) -> str:
+def add_mlp(graph: Graph, ops: Ops, layer: int, x: str) -> str:
     """What the layer adds to the hidden states after its attention, from normed ones [batch, seq, hidden]."""
     spec = ops.spec
     with graph.scope("mlp"):
@@ -101,7 +101,7 @@ def add_mlp(graph: Graph, ops: FusedOps, layer: int, x: str) -> str:
         return graph.add("Add", experts, add_shared(graph, ops, layer, x))
 
 
-def add_attention(graph: Graph, ops: FusedOps, step: Any, layer: int, x: str) -> str:
+def add_attention(graph: Graph, ops: Ops, step: Step, layer: int, x: str) -> str:
     """What the attention adds to the hidden states, from normed ones [batch, seq, hidden]."""
     spec, names = ops.spec, ops.spec.names
     prefix = names.layer(layer)
@@ -111,7 +111,7 @@ def add_attention(graph: Graph, ops: FusedOps, step: Any, layer: int, x: str) ->
         return ops.linear(context, [f"{prefix}{names.output}.weight"], bias)
 
 
-def project(graph: Graph, ops: FusedOps, layer: int, x: str) -> list[str]:
+def project(graph: Graph, ops: Ops, layer: int, x: str) -> list[str]:
     """Queries, keys and values, each [batch, seq, heads * head_dim], or all three side by side.
 
     One product for all three saves two passes over the activations; per-head norms would have to cut it again.
@@ -133,14 +133,14 @@ def project(graph: Graph, ops: FusedOps, layer: int, x: str) -> list[str]:
     return found
 
 
-def bias_of(ops: FusedOps, modules: list[str]) -> str:
+def bias_of(ops: Ops, modules: list[str]) -> str:
     """The biases of linear layers side by side."""
     name = "+".join(modules) + ".bias"
     values = np.concatenate([ops.weights.vector(f"{module}.bias") for module in modules])
     return ops.graph.array(name, values)
 
 
-def head_norm(graph: Graph, ops: FusedOps, x: str, name: str) -> str:
+def head_norm(graph: Graph, ops: Ops, x: str, name: str) -> str:
     """RMSNorm of each head of x [batch, seq, heads * head_dim]."""
     heads = graph.add("Reshape", x, graph.constant([0, 0, -1, ops.spec.head_dim]))
     return graph.add("Reshape", ops.norm(heads, name), graph.constant([0, 0, -1]))

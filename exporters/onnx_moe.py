@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from qwen_quant.exporters.onnx_blocks import Blocks, block_size, stored_bits, to_blocks
-from qwen_quant.exporters.onnx_fused import FusedOps
 from qwen_quant.exporters.onnx_graph import Graph
+from qwen_quant.exporters.onnx_ops import Ops
 from qwen_quant.grids.gptq import IntGrid
 from qwen_quant.moe import PROJECTIONS, MoESpec, expert_name
 
 
-def add_experts(graph: Graph, ops: FusedOps, moe: MoESpec, layer: int, x: str) -> str:
+def add_experts(graph: Graph, ops: Ops, moe: MoESpec, layer: int, x: str) -> str:
     """What a sparse block adds to the hidden states, without its shared expert, from x [batch, seq, hidden]."""
     router = ops.linear(x, [f"model.layers.{layer}.mlp.gate.weight"])
     logits = graph.add("Reshape", router, graph.constant([-1, moe.num_experts]))  # [tokens, experts]
@@ -53,14 +53,14 @@ def best(graph: Graph, moe: MoESpec, scores: str) -> tuple[str, str]:
     return values, experts
 
 
-def shared_block(ops: FusedOps, grid: IntGrid, moe: MoESpec) -> int | None:
+def shared_block(ops: Ops, grid: IntGrid, moe: MoESpec) -> int | None:
     """The block in which both products of an expert can be stored, None if there is none."""
     sizes = ops.spec.hidden_size, moe.moe_intermediate_size
     block = min(block_size(grid, k) for k in sizes)
     return None if any(k % block for k in sizes) else block
 
 
-def float_experts(graph: Graph, ops: FusedOps, moe: MoESpec, layer: int, x: str, logits: str) -> str:
+def float_experts(graph: Graph, ops: Ops, moe: MoESpec, layer: int, x: str, logits: str) -> str:
     """Experts stored as floats, by the operator MoE."""
     kind = ops.weights.choices[expert_name(layer, 0, PROJECTIONS[0])].type
     count, size, hidden = moe.num_experts, moe.moe_intermediate_size, ops.spec.hidden_size
@@ -77,7 +77,7 @@ def float_experts(graph: Graph, ops: FusedOps, moe: MoESpec, layer: int, x: str,
     return graph.contrib("MoE", *inputs, **operator(moe))
 
 
-def whole(ops: FusedOps, name: str, kind: str) -> np.ndarray:
+def whole(ops: Ops, name: str, kind: str) -> np.ndarray:
     """A matrix as stored."""
     return np.concatenate(list(ops.weights.floats([name], kind)))
 
@@ -99,7 +99,7 @@ def operator(moe: MoESpec) -> dict[str, object]:
     }
 
 
-def integer_experts(graph: Graph, ops: FusedOps, moe: MoESpec, layer: int, x: str, logits: str) -> str:
+def integer_experts(graph: Graph, ops: Ops, moe: MoESpec, layer: int, x: str, logits: str) -> str:
     """Experts in blocks of 4 bits, by the operator QMoE."""
     grid = ops.weights.choices[expert_name(layer, 0, PROJECTIONS[0])].grid
     assert grid is not None
@@ -160,7 +160,7 @@ def stacked(
     return stored, scale, graph.weight(f"{name}.zeros", "U8", (count, *zeros[0].shape), zeros)
 
 
-def one_by_one(graph: Graph, ops: FusedOps, moe: MoESpec, layer: int, x: str, logits: str) -> str:
+def one_by_one(graph: Graph, ops: Ops, moe: MoESpec, layer: int, x: str, logits: str) -> str:
     """Each expert for the tokens that chose it, added to their rows; exact for every type of weights."""
     hidden = ops.spec.hidden_size
     scores = graph.add("Softmax", logits, axis=-1)
@@ -185,7 +185,7 @@ def one_by_one(graph: Graph, ops: FusedOps, moe: MoESpec, layer: int, x: str, lo
     return graph.add("Reshape", total, graph.add("Shape", x))
 
 
-def add_shared(graph: Graph, ops: FusedOps, layer: int, x: str) -> str:
+def add_shared(graph: Graph, ops: Ops, layer: int, x: str) -> str:
     """What the shared expert makes of all tokens, times a gate of its own."""
     prefix = f"model.layers.{layer}.mlp."
     with graph.scope("shared_expert"):
@@ -194,7 +194,7 @@ def add_shared(graph: Graph, ops: FusedOps, layer: int, x: str) -> str:
         return graph.add("Mul", found, gate)
 
 
-def swiglu(ops: FusedOps, x: str, names: Sequence[str]) -> str:
+def swiglu(ops: Ops, x: str, names: Sequence[str]) -> str:
     """down(silu(gate(x)) * up(x)) for the weights gate, up and down."""
     gate, up, down = names
     return ops.linear(ops.gated(ops.linear(x, [gate]), ops.linear(x, [up])), [down])

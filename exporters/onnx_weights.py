@@ -69,7 +69,8 @@ class Weights:
         self._kept.update(tensors)
         first = tensors[names[0]].group_index
         return all(
-            (t.group_index is None) == (first is None) and (first is None or np.array_equal(t.group_index, first))
+            (t.group_index is None) == (first is None)
+            and (first is None or np.array_equal(t.group_index, first))
             for t in tensors.values()
         )
 
@@ -99,9 +100,11 @@ class Weights:
             return half
         return values.astype("<f4", copy=False)
 
-    def rounded(self, name: str) -> Iterator[Blocks]:
-        """An embedding or head rounded to nearest on its grid, in pieces of rows."""
+    def rounded(self, name: str, scales: list[np.ndarray]) -> Iterator[Blocks]:
+        """An embedding or head rounded to nearest on its grid, in pieces of rows, whose scales are collected."""
         grid = self.choices[name].grid
         assert grid is not None
         for part in self.checkpoint.source.chunks(name):
-            yield to_blocks(self.where(name), grid.plain_rounding(part))
+            blocks = to_blocks(self.where(name), grid.plain_rounding(part))
+            scales.append(blocks.scales)
+            yield blocks

@@ -98,7 +98,9 @@ class OnnxEngine:
     def _vocabulary(self, folder: OnnxFolder) -> int:
         logits = next((value for value in self._session.get_outputs() if value.name == "logits"), None)
         if logits is None or not isinstance(logits.shape[-1], int) or "input_ids" not in self._inputs:
-            raise FormatError(f"{folder.graph}: is not a graph from input_ids to logits; export the model again")
+            raise FormatError(
+                f"{folder.graph}: is not a graph from input_ids to logits; export the model again"
+            )
         return logits.shape[-1]
 
     def reset(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,58 +11,29 @@ import onnx
 import pytest
 import torch
 from helpers.onnx_graph import OnnxGraph, graph_of
+from helpers.onnx_models import (
+    FAMILIES,
+    QWEN2,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    SPARSE,
+    TOKENS,
+    Make,
+    check_steps,
+    expected,
+    operators,
+    write_gptq,
+)
 from onnx import numpy_helper
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError, UsageError
-from qwen_quant.exporters.gptq import export_gptq
 from qwen_quant.exporters.onnx import Form, export_onnx, grid_choice
 from qwen_quant.exporters.onnx_blocks import to_blocks
 from qwen_quant.grids import IntGrid
 from qwen_quant.model import load_model
-from qwen_quant.quantize.recipe import Recipe, linear_grid
+from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.quantize.stream import gptq_layers
-
-QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "head_dim": None}
-YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen2": {**QWEN2, "tie_word_embeddings": False},
-    "qwen2-tied": QWEN2,
-    "qwen3": {},
-    "qwen3-untied-head64": {"head_dim": 64, "tie_word_embeddings": False},
-    "qwen3-biased": {"attention_bias": True},
-    "qwen3-yarn": {"rope_scaling": YARN},
-    "qwen2-linear": {**QWEN2, "rope_scaling": {"type": "linear", "factor": 3.0}},
-}
-TOKENS = np.random.default_rng(1).integers(0, 320, 40).astype(np.int64)
-Make = Callable[..., Checkpoint]
-
-
-@pytest.fixture
-def make_model(make_checkpoint: Callable[..., Path], reference: Path) -> Make:
-    def make(**changes: Any) -> Checkpoint:
-        folder = make_checkpoint(**{"vocab_size": 4112, **changes})
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(reference / name, folder / name)
-        return Checkpoint(folder)
-
-    return make
-
-
-def expected(checkpoint: Checkpoint, tokens: np.ndarray = TOKENS) -> np.ndarray:
-    """The reference model's logits [T, V]."""
-    with torch.no_grad():
-        return load_model(checkpoint)(torch.from_numpy(tokens)[None])[0].numpy()
-
-
-def check_steps(folder: Path, wanted: np.ndarray, limit: float) -> None:
-    """All tokens at once, in chunks, and one by one."""
-    for cuts in ([40], [7, 20, 40], [30, *range(31, 41)]):
-        graph, start, found = OnnxGraph(folder), 0, []
-        for stop in cuts:
-            found.append(graph(TOKENS[None, start:stop])[0])
-            start = stop
-        assert np.abs(np.concatenate(found) - wanted).max() < limit, cuts
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
@@ -99,16 +69,6 @@ def test_batches(make_model: Make, tmp_path: Path) -> None:
         assert np.abs(logits - expected(checkpoint, text.copy())).max() < 1e-3
 
 
-def write_gptq(checkpoint: Checkpoint, folder: Path, *, desc_act: bool = False, **grid: Any) -> Checkpoint:
-    """A GPTQ checkpoint of `checkpoint`."""
-    chosen = IntGrid(**grid)
-    windows = np.random.default_rng(0).integers(0, 320, (4, 64)).astype(np.int32)
-    recipe = Recipe(num_samples=4, seq_len=64, desc_act=desc_act)
-    layers = gptq_layers(checkpoint, linear_grid(chosen), windows, recipe)
-    export_gptq(checkpoint, layers, folder, chosen, recipe, recipe.record())
-    return Checkpoint(folder)
-
-
 GRIDS = {
     "int4-g32": {"bits": 4, "group_size": 32},
     "int4-g128-short": {"bits": 4, "group_size": 128},
@@ -130,12 +90,15 @@ def test_the_integers_of_a_gptq_checkpoint(make_model: Make, tmp_path: Path, gri
     form = Form(token_embedding_type="F32", output_tensor_type="F32")
     written = export_onnx(checkpoint, tmp_path / "out", form)
     assert graph_of(tmp_path / "out").name == ("model_int8.onnx" if grid["bits"] == 8 else "model_q4.onnx")
-    assert written.types["model.layers.0.mlp.up_proj.weight"] == IntGrid(
-        **{k: v for k, v in grid.items() if k != "desc_act"}
-    ).name
+    assert (
+        written.types["model.layers.0.mlp.up_proj.weight"]
+        == IntGrid(**{k: v for k, v in grid.items() if k != "desc_act"}).name
+    )
     check_steps(tmp_path / "out", expected(checkpoint), 1e-3)
     found = decoded_products(tmp_path / "out")
-    stacked = "model.layers.0.self_attn.q_proj+model.layers.0.self_attn.k_proj+model.layers.0.self_attn.v_proj"
+    stacked = (
+        "model.layers.0.self_attn.q_proj+model.layers.0.self_attn.k_proj+model.layers.0.self_attn.v_proj"
+    )
     assert (stacked in found) is (family == "qwen2")
     assert len(found) == (2 * 5 if family == "qwen2" else 2 * 7)
     for names, weights in found.items():
@@ -148,7 +111,11 @@ def decoded_products(folder: Path) -> dict[str, np.ndarray]:
     them."""
     model = onnx.load(graph_of(folder))
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    gathered = {n.output[0]: arrays[n.input[1]] for n in model.graph.node if n.op_type == "Gather" and n.input[1] in arrays}
+    gathered = {
+        n.output[0]: arrays[n.input[1]]
+        for n in model.graph.node
+        if n.op_type == "Gather" and n.input[1] in arrays
+    }
     found = {}
     for node in model.graph.node:
         if node.op_type != "MatMulNBits":
@@ -163,8 +130,8 @@ def decoded_products(folder: Path) -> dict[str, np.ndarray]:
             zeros = unpacked(arrays[inputs[3]], bits)[:, : scales.shape[1]].astype(np.float32)
         scales, zeros = (np.repeat(x, block, axis=1)[:, :k] for x in (scales, zeros))
         weights = scales * (codes[:, :k].astype(np.float32) - zeros)
-        if inputs[0] in gathered:
-            weights = weights[:, np.argsort(gathered[inputs[0]])]
+        if inputs[0] in orders:
+            weights = weights[:, np.argsort(orders[inputs[0]])]
         found[inputs[1].removesuffix(".codes")] = weights
     return found
 
@@ -200,14 +167,18 @@ def test_calibrated_integers(make_model: Make, tmp_path: Path) -> None:
     checkpoint = make_model()
     form = Form("int4", group_size=32, token_embedding_type="F32")
     windows = np.random.default_rng(0).integers(0, 320, (4, 64)).astype(np.int32)
-    layers = list(gptq_layers(checkpoint, grid_choice(IntGrid(4, 32)), windows, Recipe(num_samples=4, seq_len=64)))
+    layers = list(
+        gptq_layers(checkpoint, grid_choice(IntGrid(4, 32)), windows, Recipe(num_samples=4, seq_len=64))
+    )
     weights = {name: tensor.decode() for layer in layers for name, tensor in layer.tensors.items()}
     export_onnx(checkpoint, tmp_path / "out", form, layers=layers, record={"bits": 4})
     found = decoded_products(tmp_path / "out")
     assert len(found) == len(weights) == 14
     for name, values in found.items():
         assert np.array_equal(values, weights[f"{name}.weight"]), name
-    properties = {p.key: p.value for p in onnx.load(graph_of(tmp_path / "out"), load_external_data=False).metadata_props}
+    properties = {
+        p.key: p.value for p in onnx.load(graph_of(tmp_path / "out"), load_external_data=False).metadata_props
+    }
     assert properties["qwen_quant.bits"] == "4"
     with pytest.raises(UsageError, match="quantized first"):
         export_onnx(checkpoint, tmp_path / "other", form)
@@ -218,34 +189,6 @@ def test_groups_of_unequal_size_are_refused(make_model: Make, tmp_path: Path) ->
     tensor.group_index = np.array([0] * 40 + [1] * 24)
     with pytest.raises(FormatError, match=r"weight: its groups \(g_idx\) do not have 32 columns"):
         to_blocks("weight", tensor)
-
-
-EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "tie_word_embeddings": False}
-QWEN3_MOE = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "norm_topk_prob": True,
-    **EXPERTS,
-}
-QWEN2_MOE = {
-    "architectures": ["Qwen2MoeForCausalLM"],
-    "model_type": "qwen2_moe",
-    "head_dim": None,
-    "shared_expert_intermediate_size": 96,
-    **EXPERTS,
-}
-SPARSE: dict[str, dict[str, Any]] = {
-    "qwen3moe": QWEN3_MOE,
-    "qwen3moe-not-normalized": {**QWEN3_MOE, "norm_topk_prob": False},
-    "qwen3moe-one-dense-layer": {**QWEN3_MOE, "mlp_only_layers": [0]},
-    "qwen2moe": QWEN2_MOE,
-    "qwen2moe-normalized": {**QWEN2_MOE, "norm_topk_prob": True},
-}
-
-
-def operators(folder: Path) -> set[str]:
-    model = onnx.load(graph_of(folder), load_external_data=False)
-    return {node.op_type for node in model.graph.node}
 
 
 @pytest.mark.parametrize("kind", ["F32", "BF16"])

@@ -21,6 +21,8 @@ class OnnxGraph:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
+        # What onnxruntime makes of DequantizeLinear would round activations to 8 bits otherwise.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
         self.session = ort.InferenceSession(graph_of(folder), options, providers=["CPUExecutionProvider"])
         self.caches: dict[str, Any] = {
             value.name: np.zeros((batch, value.shape[1], 0, value.shape[3]), dtype=np.float32)
