@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_quant.cli import calibrating
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from qwen_quant.checkpoint import Checkpoint
     from qwen_quant.cli.export import ExportOptions
     from qwen_quant.exporters.onnx import Form, Written
+
+MEASURED_WINDOWS, MEASURED_TOKENS = 4, 128  # of calibration text, for the precision of each product
 
 
 def run(options: ExportOptions) -> None:
@@ -41,7 +48,7 @@ def run(options: ExportOptions) -> None:
         from qwen_quant.cli.output import print_json
 
         fields = calibrating.result_fields(options.output, written, record, seconds)
-        print_json({**fields, "types": written.types, "notes": remarks})
+        print_json({**fields, "types": written.types, "notes": remarks, "check": written.check})
         return
     report(options, written, seconds)
 
@@ -51,12 +58,13 @@ def form_of(options: ExportOptions) -> Form:
     from qwen_quant.exporters.onnx import Form
 
     return Form(
-        type=options.type,
+        file_type=options.type,
         group_size=options.group_size,
         sym=options.sym,
         token_embedding_type=options.token_embedding_type,
         output_tensor_type=options.output_tensor_type,
         opset=options.opset,
+        accuracy_level=options.accuracy_level.lower(),
     )
 
 
@@ -74,9 +82,36 @@ def write(
                 checkpoint, grid_choice(grid), recipe, store, keep_contexts
             )
         written = export_onnx(
-            checkpoint, options.output, form, layers=layers, record=record, overwrite=options.overwrite
+            checkpoint,
+            options.output,
+            form,
+            layers=layers,
+            record=record,
+            texts=texts_for(options, checkpoint) if form.accuracy_level == "auto" else None,
+            check=check_of(checkpoint, form) if options.verify else None,
+            overwrite=options.overwrite,
         )
     return written, record
+
+
+def texts_for(options: ExportOptions, checkpoint: Checkpoint) -> npt.NDArray[np.int32]:
+    """Token windows [n, T] on which the precision of each product is chosen."""
+    from qwen_quant import calib_data
+    from qwen_quant.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    length = min(MEASURED_TOKENS, checkpoint.spec.plain_context)
+    documents = calib_data.load(options.dataset)
+    return calib_data.sample(documents, tokenizer, MEASURED_WINDOWS, length, options.seed)
+
+
+def check_of(checkpoint: Checkpoint, form: Form) -> Callable[[Path], dict[str, Any]]:
+    """What runs the written folder against the checkpoint."""
+    from qwen_quant.evaluate.selfcheck import self_check
+
+    _, grid = form.resolved(checkpoint)
+    rounded = grid is not None and checkpoint.quantization is None
+    return lambda folder: self_check(folder, checkpoint, grid.bits if rounded and grid is not None else 8)
 
 
 def report(options: ExportOptions, written: Written, seconds: float) -> None:
@@ -89,3 +124,8 @@ def report(options: ExportOptions, written: Written, seconds: float) -> None:
     counts = Counter(written.types.values())
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     print(f"{options.output}: {written.bytes / 1e6:.1f} MB, {seconds:.1f} s, tensors: {kinds}")
+    if written.check:
+        kld, same = written.check["kld_mean"], written.check["top1_agreement"]
+        print(
+            f"checked on {written.check['tokens']} tokens: KLD {kld:.5f}, top-1 agreement {100 * same:.2f} %"
+        )

@@ -6,17 +6,19 @@ decoder layer while the quantizer delivers them.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 
 from qwen_quant import __version__
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError, UsageError
+from qwen_quant.exporters.onnx_accuracy import AUTO, LEVELS, choose_levels, set_level
 from qwen_quant.exporters.onnx_choices import (
     Choice,
     check_type,
@@ -25,9 +27,9 @@ from qwen_quant.exporters.onnx_choices import (
     grid_choice,
     native_type,
 )
-from qwen_quant.exporters.onnx_folder import GRAPH_FOLDER, graph_name, write_folder
+from qwen_quant.exporters.onnx_folder import GRAPH_FOLDER, graph_name, write_card, write_folder
 from qwen_quant.exporters.onnx_fused import FusedOps
-from qwen_quant.exporters.onnx_graph import Graph, WeightFile
+from qwen_quant.exporters.onnx_graph import Graph, WeightFile, add_metadata
 from qwen_quant.exporters.onnx_model import build
 from qwen_quant.exporters.onnx_ops import Ops
 from qwen_quant.exporters.onnx_standard import StandardOps
@@ -43,14 +45,18 @@ __all__ = ["Form", "Written", "export_onnx", "grid_choice", "notes", "stored_ten
 
 @dataclass(frozen=True)
 class Form:
-    """What an ONNX file is to be: `type` None takes a GPTQ checkpoint's own, else F16."""
+    """What an ONNX file is to be: `file_type` None takes a GPTQ checkpoint's own, else F16.
 
-    type: str | None = None
+    `accuracy_level` is 0, 4 or auto (see onnx_accuracy), `opset` None means onnxruntime's fused operators.
+    """
+
+    file_type: str | None = None
     group_size: int = 32
     sym: bool = True
     token_embedding_type: str | None = None
     output_tensor_type: str | None = None
     opset: int | None = None
+    accuracy_level: str = "0"
 
     @property
     def operators(self) -> type[Ops]:
@@ -63,7 +69,7 @@ class Form:
 
     def resolved(self, checkpoint: Checkpoint) -> tuple[str, IntGrid | None]:
         """The type, and the grid of linear layers that have none yet. Raises UsageError for unknown types."""
-        kind = native_type(checkpoint) if self.type is None else check_type(self.type)
+        kind = native_type(checkpoint) if self.file_type is None else check_type(self.file_type)
         return kind, file_grid(kind, self.group_size, self.sym)
 
     def choices(self, checkpoint: Checkpoint) -> dict[str, Choice]:
@@ -86,6 +92,7 @@ class Written:
     types: dict[str, str] = field(default_factory=dict)
     layers: list[Any] = field(default_factory=list)
     unquantized: dict[str, str] = field(default_factory=dict)
+    check: dict[str, Any] = field(default_factory=dict)
 
 
 def export_onnx(
@@ -95,12 +102,16 @@ def export_onnx(
     *,
     layers: Iterable[Layer] | None = None,
     record: Mapping[str, Any] | None = None,
+    texts: npt.NDArray[np.integer] | None = None,
+    check: Callable[[Path], dict[str, Any]] | None = None,
     overwrite: bool = False,
 ) -> Written:
     """Write `checkpoint` as an ONNX folder.
 
     `layers` delivers quantized decoder layers in order, on the grid of `form`; without it the integers of a GPTQ
     checkpoint are carried over unchanged, or floats are stored. `record` (the recipe) goes into the graph's metadata.
+    `texts`, token windows [n, T], are what accuracy_level auto measures with. `check` runs the folder before it gets its
+    name; what it returns is written beside the recipe, and an error of it leaves nothing behind.
 
     Raises UsageError for unknown types, FormatError for what ONNX's operators cannot hold, CheckpointError for
     weights that are missing or not finite, OutputError when `output` cannot be written.
@@ -109,6 +120,8 @@ def export_onnx(
     kind, grid = form.resolved(checkpoint)
     if grid is not None and layers is None and checkpoint.quantization is None:
         raise UsageError(f"--type {kind}: {checkpoint.folder} has to be quantized first")
+    if form.accuracy_level not in (*LEVELS, AUTO):
+        raise UsageError(f"--accuracy-level {form.accuracy_level}: choose 0, 4 or auto")
     choices = form.choices(checkpoint)
     written = Written(types={name: choice.name for name, choice in choices.items()})
     written.unquantized = {
@@ -122,9 +135,14 @@ def export_onnx(
         ops = form.operators(graph, Weights(checkpoint, choices), checkpoint.spec)
         build(graph, ops, _arriving(checkpoint, layers, written), checkpoint.spec.plain_context)
         data.close()
-        model = graph.model(checkpoint.folder.resolve().name, _metadata(record or {}))
-        onnx.save_model(model, file)
-        write_folder(checkpoint, folder, file, kind, ops.shares_buffer)
+        onnx.save_model(graph.model(checkpoint.folder.resolve().name), file)
+        facts = {"version": __version__, **(record or {})}
+        facts |= _set_accuracy(file, form, texts)
+        write_folder(checkpoint, folder, file, kind, ops, form.accuracy_level)
+        if check is not None:
+            written.check = facts["check"] = check(folder)
+        add_metadata(file, {f"qwen_quant.{key}": value for key, value in facts.items()})
+        write_card(folder, checkpoint, file, written.types, facts)
         written.bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return written
 
@@ -177,10 +195,14 @@ def _arriving(
         raise FormatError(f"{checkpoint.folder}: {count} layers came of {total}")
 
 
-def _metadata(record: Mapping[str, Any]) -> dict[str, str]:
-    """The recipe as the graph's metadata, under `qwen_quant.*`."""
-    values = {"version": __version__, **record}
-    return {
-        f"qwen_quant.{key}": value if isinstance(value, str) else json.dumps(value, default=str)
-        for key, value in values.items()
-    }
+def _set_accuracy(file: Path, form: Form, texts: npt.NDArray[np.integer] | None) -> dict[str, Any]:
+    """Decide how the graph's integer products compute; what there is to tell about it."""
+    if form.opset is not None:
+        return {}
+    if form.accuracy_level != AUTO:
+        set_level(file, LEVELS[form.accuracy_level])
+        return {}
+    if texts is None:
+        raise UsageError("--accuracy-level auto: needs texts to measure with")
+    found = choose_levels(file, texts)
+    return {"accuracy": found.summary} if found.exact or found.fast else {}

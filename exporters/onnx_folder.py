@@ -8,11 +8,16 @@ config.json, generation_config.json, tokenizer files
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen_quant import __version__
 from qwen_quant.checkpoint import INDEX, Checkpoint
 from qwen_quant.config import config_for_all_readers
+from qwen_quant.exporters.onnx_ops import Ops
+from qwen_quant.exporters.onnx_standard import StandardOps
 from qwen_quant.files import SIDE_FILES, copy_side_files
 from qwen_quant.spec import ModelSpec
 from qwen_quant.tokenizer import Tokenizer
@@ -30,7 +35,9 @@ def graph_name(kind: str) -> str:
     return f"model{SUFFIXES[DTYPES[kind]]}.onnx"
 
 
-def write_folder(checkpoint: Checkpoint, folder: Path, graph: Path, kind: str, shares_buffer: bool) -> None:
+def write_folder(
+    checkpoint: Checkpoint, folder: Path, graph: Path, kind: str, ops: Ops, accuracy_level: str
+) -> None:
     """Write all but the graph into `folder`. Raises ConfigError when the checkpoint's tokenizer cannot be read."""
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     copy_side_files(checkpoint.folder, folder, SIDE_FILES, leave_out=NOT_COPIED)
@@ -43,7 +50,12 @@ def write_folder(checkpoint: Checkpoint, folder: Path, graph: Path, kind: str, s
     }
     _write_json(folder / "config.json", config)
     relative = graph.relative_to(folder).as_posix()
-    _write_json(folder / GENAI, genai_config(checkpoint.spec, tokenizer, relative, shares_buffer))
+    described = genai_config(checkpoint.spec, tokenizer, relative, ops.shares_buffer)
+    if ops.opset == StandardOps.opset:
+        # onnxruntime makes MatMulNBits of DequantizeLinear and MatMul, and would round activations unasked.
+        options = described["model"]["decoder"]["session_options"]
+        options["session.qdq_matmulnbits_accuracy_level"] = "4" if accuracy_level == "4" else "0"
+    _write_json(folder / GENAI, described)
 
 
 def genai_config(spec: ModelSpec, tokenizer: Tokenizer, graph: str, shares_buffer: bool) -> dict[str, Any]:
@@ -51,7 +63,7 @@ def genai_config(spec: ModelSpec, tokenizer: Tokenizer, graph: str, shares_buffe
     ends = list(tokenizer.eos_ids)
     pad = tokenizer.token_id("<|endoftext|>")
     begin = spec.config.get("bos_token_id")
-    model = {
+    model: dict[str, Any] = {
         "bos_token_id": begin if isinstance(begin, int) else pad,
         "context_length": spec.plain_context,
         "decoder": {
@@ -97,3 +109,51 @@ def genai_config(spec: ModelSpec, tokenizer: Tokenizer, graph: str, shares_buffe
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_card(
+    folder: Path, checkpoint: Checkpoint, graph: Path, types: Mapping[str, str], facts: Mapping[str, Any]
+) -> None:
+    """README.md, the model card: https://huggingface.co/docs/hub/model-cards"""
+    name = checkpoint.folder.resolve().name
+    counts = Counter(types.values())
+    check = facts.get("check")
+    lines = [
+        "---",
+        "library_name: transformers.js",
+        "pipeline_tag: text-generation",
+        f"base_model: {checkpoint.spec.config.get('_name_or_path') or name}",
+        "tags: [onnx, qwen, qwen-quant]",
+        "---",
+        "",
+        f"# {name}, ONNX",
+        "",
+        f"Written by qwen-quant {__version__}. The graph is `{graph.relative_to(folder).as_posix()}`; it runs on",
+        "onnxruntime, onnxruntime-genai (`genai_config.json`), Optimum (`ORTModelForCausalLM`), transformers.js, and",
+        f"with `qwen-quant run {folder_name(folder)}`.",
+        "",
+        "| type | tensors |",
+        "|---|---:|",
+        *(f"| {kind} | {count} |" for kind, count in counts.most_common()),
+        "",
+    ]
+    if check:
+        lines += [
+            f"Measured against {name} on {check['tokens']} tokens of held-out text: KL divergence "
+            f"{check['kld_mean']:.5f} nats per token, top-1 agreement {100 * check['top1_agreement']:.2f} %.",
+            "",
+        ]
+    lines += [
+        "## Recipe",
+        "",
+        "```json",
+        json.dumps(dict(facts), indent=2, default=str, ensure_ascii=False),
+        "```",
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def folder_name(folder: Path) -> str:
+    """The name the folder will have: it is written as `.NAME.PID.partial`."""
+    name = folder.name
+    return name[1:].rsplit(".", 2)[0] if name.endswith(".partial") else name

@@ -71,9 +71,15 @@ class FusedOps(Ops):
         codes, scales, bits, block = self._outer(name)
         n, k = self.weights.choices[name].info.shape
         rows = self.graph.alias(f"{name}.rows", codes, (n, k * bits // 8))
-        axes = {"gather_axis": 0, "quantize_axis": 1}
         return self.graph.contrib(
-            "GatherBlockQuantized", rows, tokens, scales, **axes, block_size=block, bits=bits
+            "GatherBlockQuantized",
+            rows,
+            tokens,
+            scales,
+            gather_axis=0,
+            quantize_axis=1,
+            block_size=block,
+            bits=bits,
         )
 
     def integer_head(self, x: str, name: str) -> str:

@@ -6,6 +6,7 @@ is written last. IR and external data: https://github.com/onnx/onnx/blob/main/do
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,7 +181,7 @@ class Graph:
         """Whether a weight of this name was written."""
         return name in self._tensors
 
-    def model(self, name: str, metadata: Mapping[str, str]) -> onnx.ModelProto:
+    def model(self, name: str) -> onnx.ModelProto:
         """The finished model, whose weights lie in the external file."""
         graph = helper.make_graph(
             self._nodes, name, self._inputs, self._outputs, list(self._tensors.values())
@@ -188,12 +189,21 @@ class Graph:
         imports = [helper.make_opsetid("", self.opset)]
         if any(node.domain == CONTRIB for node in self._nodes):
             imports.append(helper.make_opsetid(CONTRIB, 1))
-        model = helper.make_model(
+        return helper.make_model(
             graph,
             opset_imports=imports,
             ir_version=helper.find_min_ir_version_for(imports, ignore_unknown=True),
             producer_name="qwen-quant",
             producer_version=__version__,
         )
-        helper.set_model_props(model, dict(metadata))
-        return model
+
+
+def add_metadata(path: Path, values: Mapping[str, Any]) -> None:
+    """Write keys and values into a stored graph; what is no string becomes JSON."""
+    model = onnx.load(path, load_external_data=False)
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value, default=str)
+        for key, value in values.items()
+    }
+    helper.set_model_props(model, texts)
+    onnx.save_model(model, path)

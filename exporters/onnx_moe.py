@@ -8,6 +8,7 @@ QMoE rounds activations to 8 bits for other widths than 4, so those go one by on
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -87,7 +88,7 @@ def interleaved(pair: Sequence[np.ndarray]) -> np.ndarray:
     return np.stack(pair, axis=1).reshape(-1, *pair[0].shape[1:])
 
 
-def operator(moe: MoESpec) -> dict[str, object]:
+def operator(moe: MoESpec) -> dict[str, Any]:
     """The attributes that MoE and QMoE share: silu(gate) * up, softmax over the chosen."""
     return {
         "k": moe.num_experts_per_tok,

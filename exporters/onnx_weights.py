@@ -67,12 +67,8 @@ class Weights:
             return True
         tensors = {name: self.quantized(name) for name in names}
         self._kept.update(tensors)
-        first = tensors[names[0]].group_index
-        return all(
-            (t.group_index is None) == (first is None)
-            and (first is None or np.array_equal(t.group_index, first))
-            for t in tensors.values()
-        )
+        orders = {None if t.group_index is None else t.group_index.tobytes() for t in tensors.values()}
+        return len(orders) == 1
 
     def floats(self, names: Sequence[str], kind: str) -> Iterator[np.ndarray]:
         """Matrices one below the other as the stored bytes of float type `kind`, in pieces.

@@ -49,6 +49,9 @@ class OnnxFolder:
             self.context_length = int(model["context_length"])
             self.eos_token_ids = _ids(model.get("eos_token_id"))
             self.shares_buffer = bool(search.get("past_present_share_buffer"))
+            # onnxruntime's own settings stand among onnxruntime-genai's, which are no strings or have no dots.
+            stated = model["decoder"].get("session_options", {}).items()
+            self.options = {k: v for k, v in stated if isinstance(v, str) and "." in k}
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise FormatError(
                 f"{where}: cannot be read as onnxruntime-genai's config ({error}); export the model again"
@@ -80,7 +83,7 @@ class OnnxEngine:
     """Runs the graph of a folder, one text at a time. As `_core.Engine`, whose methods it has."""
 
     def __init__(self, folder: OnnxFolder, n_threads: int = 0, n_ctx: int = 0) -> None:
-        self._session = open_graph(folder.graph, n_threads)
+        self._session = open_graph(folder.graph, n_threads, folder.options)
         inputs = {value.name: value for value in self._session.get_inputs()}
         caches = {name: value for name, value in inputs.items() if name.startswith("past_key_values.")}
         self._inputs = set(inputs)
@@ -162,8 +165,8 @@ class OnnxEngine:
         return logits
 
 
-def open_graph(path: Path, n_threads: int = 0) -> Any:
-    """An onnxruntime session on the CPU. Raises QwenQuantError without onnxruntime, FormatError for a bad graph."""
+def open_graph(path: Path, n_threads: int = 0, entries: Mapping[str, str] | None = None) -> Any:
+    """An onnxruntime session on the CPU, with `entries` for its configuration. Raises QwenQuantError without onnxruntime, FormatError for a bad graph."""
     try:
         import onnxruntime
     except ModuleNotFoundError:
@@ -171,6 +174,8 @@ def open_graph(path: Path, n_threads: int = 0) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = n_threads or len(os.sched_getaffinity(0))
     options.log_severity_level = 3
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own classes, one for each of its status codes

@@ -111,11 +111,8 @@ def decoded_products(folder: Path) -> dict[str, np.ndarray]:
     them."""
     model = onnx.load(graph_of(folder))
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    gathered = {
-        n.output[0]: arrays[n.input[1]]
-        for n in model.graph.node
-        if n.op_type == "Gather" and n.input[1] in arrays
-    }
+    gathers = [node for node in model.graph.node if node.op_type == "Gather" and node.input[1] in arrays]
+    orders = {node.output[0]: arrays[node.input[1]] for node in gathers}
     found = {}
     for node in model.graph.node:
         if node.op_type != "MatMulNBits":
