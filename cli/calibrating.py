@@ -95,6 +95,18 @@ def quantized_layers(
     return gptq_layers(checkpoint, grids, windows, recipe, store, keep_contexts), record
 
 
+def stored_record(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The recipe in a GPTQ checkpoint of ours; what others wrote about theirs, as far as it has the same form.
+
+    None for a checkpoint in full precision.
+    """
+    if checkpoint.quantization is None:
+        return None
+    meta = checkpoint.quantization.raw.get("meta")
+    record = meta.get("recipe") if isinstance(meta, dict) else None
+    return record if isinstance(record, dict) else {}
+
+
 def peak_rss_mb() -> float:
     """The largest resident memory of this process so far, in MB (10^6 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from qwen_quant.cli import calibrating, options
+from qwen_quant.cli import calibrating, export_onnx, options
 from qwen_quant.cli.calibrating import CalibrationOptions
 
 
@@ -26,19 +25,26 @@ class ExportOptions(CalibrationOptions):
     output_tensor_type: str | None
     tensor_type: list[str] | None
     pure: bool
+    group_size: int
+    sym: bool
+    accuracy_level: str
+    opset: int | None
+    verify: bool
+    overwrite: bool
     json: bool
 
 
 def command(
     model: options.Model,
     output: options.Output,
-    format: Annotated[str, typer.Option("--format", help="What to write: gguf.")] = "gguf",
+    format: Annotated[str, typer.Option("--format", help="What to write: gguf or onnx.")] = "gguf",
     type: Annotated[
         str | None,
         typer.Option(
             "--type",
             show_default=False,
-            help="As llama-quantize names it, like Q4_K_M; by default what a GPTQ checkpoint holds, else F16.",
+            help="As llama-quantize names it, like Q4_K_M (gguf), or F32, F16, BF16, int8, int4 (onnx); by default "
+            "what a GPTQ checkpoint holds, else F16.",
         ),
     ] = None,
     token_embedding_type: Annotated[
@@ -61,6 +67,27 @@ def command(
     pure: Annotated[
         bool, typer.Option("--pure", help="Every matrix of the type itself, without llama.cpp's mix.")
     ] = False,
+    group_size: options.GroupSize = 128,
+    sym: options.Sym = True,
+    accuracy_level: Annotated[
+        str,
+        typer.Option(
+            "--accuracy-level",
+            help="ONNX: products with FP32 activations (0), int8 ones (4), or chosen for each by its error (auto).",
+        ),
+    ] = "auto",
+    opset: Annotated[
+        int | None,
+        typer.Option(
+            "--opset",
+            show_default=False,
+            help="ONNX: standard operators of this opset (23) only; by default onnxruntime's fused ones.",
+        ),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="ONNX: run what was written against the checkpoint.")
+    ] = True,
+    overwrite: options.Overwrite = False,
     damp_percent: options.DampPercent = 0.01,
     dataset: options.Dataset = "builtin",
     num_samples: options.NumSamples = 128,
@@ -73,7 +100,7 @@ def command(
     max_ram: options.MaxRam = None,
     json: options.Json = False,
 ) -> None:
-    """Write a checkpoint as GGUF, by GPTQ where it is not quantized."""
+    """Write a checkpoint as GGUF or ONNX, by GPTQ where it is not quantized."""
     run(ExportOptions(**locals()))
 
 
@@ -87,8 +114,11 @@ def run(options: ExportOptions) -> None:
     from qwen_quant.exporters.gguf import TypeOptions, export_gguf, notes, plan_file
     from qwen_quant.grids.gguf import gguf_grid
 
+    if options.format == "onnx":
+        export_onnx.run(options)
+        return
     if options.format != "gguf":
-        raise UsageError(f"--format {options.format}: not supported; choose gguf")
+        raise UsageError(f"--format {options.format}: not supported; choose gguf or onnx")
     began = time.monotonic()
     max_ram = planning.parse_ram(options.max_ram)
     checkpoint = Checkpoint.open(options.model)
@@ -112,13 +142,11 @@ def run(options: ExportOptions) -> None:
         planning.report(plan, options, gguf_grid, recipe)
         return
     with calibrating.layer_store(options.output, options.resume) as store:
-        layers, record = None, None
+        layers, record = None, calibrating.stored_record(checkpoint)
         if recipe is not None:
             layers, record = calibrating.quantized_layers(
                 checkpoint, file.grids, recipe, store, plan.keep_contexts
             )
-        elif checkpoint.quantization is not None:
-            record = _stored_record(checkpoint.quantization.raw)
         written = export_gguf(checkpoint, options.output, file.file_type, types, layers=layers, record=record)
     seconds = time.monotonic() - began
     if options.json:
@@ -135,10 +163,3 @@ def run(options: ExportOptions) -> None:
     counts = Counter(written.types.values())
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     print(f"{options.output}: {written.bytes / 1e6:.1f} MB, {seconds:.1f} s, tensors: {kinds}")
-
-
-def _stored_record(quantization_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe in a GPTQ checkpoint of ours; what others wrote about theirs, as far as it has the same form."""
-    meta = quantization_config.get("meta")
-    record = meta.get("recipe") if isinstance(meta, dict) else None
-    return record if isinstance(record, dict) else {}

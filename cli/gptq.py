@@ -33,13 +33,8 @@ def command(
     model: options.Model,
     output: options.Output,
     bits: Annotated[int, typer.Option("--bits", help="Bits per weight: 2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[
-        int,
-        typer.Option("--group-size", help="Columns that share a scale: 32, 64, 128, or -1 for whole rows."),
-    ] = 128,
-    sym: Annotated[
-        bool, typer.Option("--sym/--asym", help="Symmetric grid, or one with a zero point.")
-    ] = True,
+    group_size: options.GroupSize = 128,
+    sym: options.Sym = True,
     desc_act: Annotated[
         bool,
         typer.Option("--desc-act/--no-desc-act", help="Solve columns by falling activation; writes g_idx."),

@@ -30,6 +30,11 @@ Isa = Annotated[
     str, typer.Option("--isa", help="CPU instructions of the GGUF engine: auto, scalar, avx2 or avx512vnni.")
 ]
 
+GroupSize = Annotated[
+    int,
+    typer.Option("--group-size", help="Columns that share a scale: 32, 64, 128, or -1 for whole rows."),
+]
+Sym = Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid, or one with a zero point.")]
 NoCalibration = Annotated[
     bool, typer.Option("--no-calibration", help="Round to nearest on the same grid instead of GPTQ.")
 ]

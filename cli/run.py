@@ -127,9 +127,11 @@ def command(
 
 
 def find_file(model: str) -> Path:
-    """The GGUF file that MODEL names; a checkpoint folder is copied to one first."""
+    """The GGUF file or ONNX folder that MODEL names; a checkpoint folder is copied to a GGUF file first."""
+    from qwen_quant.runtime.onnx import is_onnx_folder
+
     path = Path(model).expanduser()
-    if path.is_file():  # without the packages that reading a checkpoint needs
+    if path.is_file() or is_onnx_folder(path):  # without the packages that reading a checkpoint needs
         return path
     from qwen_quant.checkpoint import resolve_model
     from qwen_quant.cli.cached import gguf_of

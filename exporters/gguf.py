@@ -16,7 +16,7 @@ import numpy as np
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError
-from qwen_quant.exporters.gguf_metadata import add_metadata, architecture, check_expressible, exact_context
+from qwen_quant.exporters.gguf_metadata import add_metadata, architecture, check_expressible
 from qwen_quant.exporters.gguf_tensors import (
     Choice,
     choose_types,
@@ -139,10 +139,10 @@ def export_gguf(
 def notes(checkpoint: Checkpoint) -> list[str]:
     """What a user should know about the file before it is written."""
     spec = checkpoint.spec
-    if exact_context(spec) == spec.context_length:
+    if spec.plain_context == spec.context_length:
         return []
     return [
-        f"context_length is {exact_context(spec)} instead of {spec.context_length}: beyond that the model needs "
+        f"context_length is {spec.plain_context} instead of {spec.context_length}: beyond that the model needs "
         "dual chunk attention, which GGUF readers do not have"
     ]
 

@@ -69,15 +69,9 @@ def _model_name(checkpoint: Checkpoint) -> str:
     return name or checkpoint.folder.resolve().name
 
 
-def exact_context(spec: ModelSpec) -> int:
-    """The context length to write: as far as plain attention, all that GGUF readers know, is the model's own."""
-    longest = spec.context_length
-    return longest if spec.dual_chunk is None else min(longest, spec.dual_chunk.exact_length)
-
-
 def _add_architecture(writer: gguf.GGUFWriter, spec: ModelSpec) -> None:
     writer.add_block_count(spec.num_hidden_layers)
-    writer.add_context_length(exact_context(spec))
+    writer.add_context_length(spec.plain_context)
     writer.add_embedding_length(spec.hidden_size)
     # Qwen (1) counts w1 and w2 together, in config.json as in GGUF.
     writer.add_feed_forward_length(spec.intermediate_size * (1 if spec.qwen1 is None else 2))

@@ -6,7 +6,6 @@ Tensors are streamed: every shape is known from the spec, so shards are laid out
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 
 from qwen_quant import __version__
 from qwen_quant.checkpoint import INDEX, SINGLE, Checkpoint
+from qwen_quant.config import config_for_all_readers
 from qwen_quant.errors import FormatError
-from qwen_quant.files import atomic_folder
+from qwen_quant.files import SIDE_FILES, atomic_folder, copy_side_files
 from qwen_quant.grids.gptq import GPTQ_FORMATS, GROUP_SIZES, IntGrid, pack
 from qwen_quant.names import HEAD
 from qwen_quant.quantize.layer import QuantizedLayer
@@ -24,8 +24,6 @@ from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.safetensors import Planned, SafetensorsWriter
 from qwen_quant.spec import TensorInfo
 
-# Small files that belong to a checkpoint; config.json and the weights' index are written anew.
-COPIED = ("*.json", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*")
 # Checkpoints of Qwen (1) come with their model's code (auto_map), which we never run but other readers need.
 CODE = "*.py"
 NOT_COPIED = ("config.json", "quantize_config.json", INDEX)
@@ -255,20 +253,9 @@ def _copy(checkpoint: Checkpoint, name: str, target: str, out: _ShardSet) -> Non
 
 
 def _write_configs(checkpoint: Checkpoint, folder: Path, config: dict[str, Any]) -> None:
-    for pattern in (*COPIED, CODE) if "auto_map" in checkpoint.spec.config else COPIED:
-        for path in checkpoint.folder.glob(pattern):
-            if path.is_file() and path.name not in NOT_COPIED:
-                shutil.copyfile(path, folder / path.name)
-    model = dict(checkpoint.spec.config)
-    # Older readers know torch_dtype, rope_theta and rope_scaling only; transformers 5 writes dtype and
-    # rope_parameters.
-    model.setdefault("torch_dtype", checkpoint.spec.torch_dtype)
-    if checkpoint.spec.qwen1 is None and model.get("rope_theta") is None:
-        model["rope_theta"] = checkpoint.spec.rope_theta
-    if checkpoint.spec.rope_scaling is not None and not model.get("rope_scaling"):
-        model["rope_scaling"] = {k: v for k, v in model["rope_parameters"].items() if k != "rope_theta"}
-    if checkpoint.spec.moe is not None:
-        model.setdefault("num_experts", checkpoint.spec.moe.num_experts)
+    code = (CODE,) if "auto_map" in checkpoint.spec.config else ()
+    copy_side_files(checkpoint.folder, folder, (*SIDE_FILES, *code), leave_out=NOT_COPIED)
+    model = config_for_all_readers(checkpoint.spec)
     model["quantization_config"] = config
     (folder / "config.json").write_text(json.dumps(model, indent=2) + "\n", encoding="utf-8")
     (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_quant.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qwen_quant.spec import ModelSpec
 
 MOST = 2**31 - 1  # the largest size that any format stores
 MOST_LAYERS = 10_000  # a damaged count must not become an inventory of millions of tensors
@@ -76,3 +79,20 @@ class ConfigReader:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e12:
             raise ConfigError(f"{self.where}: {key} is {value!r}; it must be a positive number")
         return float(value)
+
+
+def config_for_all_readers(spec: ModelSpec) -> dict[str, Any]:
+    """The checkpoint's config.json with the keys that only older readers ask for beside those of newer ones.
+
+    Older readers know torch_dtype, rope_theta and rope_scaling only; transformers 5 writes dtype and
+    rope_parameters.
+    """
+    model = dict(spec.config)
+    model.setdefault("torch_dtype", spec.torch_dtype)
+    if spec.qwen1 is None and model.get("rope_theta") is None:
+        model["rope_theta"] = spec.rope_theta
+    if spec.rope_scaling is not None and not model.get("rope_scaling"):
+        model["rope_scaling"] = {k: v for k, v in model["rope_parameters"].items() if k != "rope_theta"}
+    if spec.moe is not None:
+        model.setdefault("num_experts", spec.moe.num_experts)
+    return model

@@ -6,7 +6,7 @@ import contextlib
 import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 
 from qwen_quant.errors import OutputError
@@ -106,3 +106,15 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             _fsync(place.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+# What stands beside the weights of a checkpoint and belongs to whatever is made of it.
+SIDE_FILES = ("*.json", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*")
+
+
+def copy_side_files(source: Path, target: Path, patterns: Iterable[str], leave_out: Container[str]) -> None:
+    """Copy the files directly in `source` that match `patterns`, but for the names to leave out."""
+    for pattern in patterns:
+        for path in source.glob(pattern):
+            if path.is_file() and path.name not in leave_out:
+                shutil.copyfile(path, target / path.name)

@@ -184,6 +184,12 @@ class ModelSpec:
             self.max_position_embeddings, int(scaling.factor * scaling.original_max_position_embeddings)
         )
 
+    @property
+    def plain_context(self) -> int:
+        """Positions up to which plain attention, all that other engines know, is the model's own."""
+        longest = self.context_length
+        return longest if self.dual_chunk is None else min(longest, self.dual_chunk.exact_length)
+
     def window(self, layer: int) -> int | None:
         """How many positions layer `layer` attends to, the token's own included; None for all."""
         return self.sliding_window if layer in self.sliding_layers else None

@@ -1,4 +1,4 @@
-"""Where logits come from: the torch reference model for checkpoint folders, our engine for GGUF files."""
+"""Where logits come from: the torch reference model for checkpoint folders, a Session for GGUF and ONNX."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from qwen_quant.checkpoint import resolve_model
 from qwen_quant.errors import FormatError, QwenQuantError
+from qwen_quant.runtime.onnx import is_onnx_folder
 
 if TYPE_CHECKING:
     from qwen_quant.tokenizer import Tokenizer
@@ -41,7 +42,7 @@ class LogitsProvider(Protocol):
 
 
 class EngineProvider:
-    """A GGUF file run by the C++ engine."""
+    """A GGUF file run by the C++ engine, or an ONNX folder by onnxruntime."""
 
     def __init__(self, path: Path, n_threads: int | None = None, isa: str = "auto") -> None:
         from qwen_quant.runtime.session import Session
@@ -68,11 +69,13 @@ class EngineProvider:
 def open_provider(
     model: str | os.PathLike[str], n_threads: int | None = None, isa: str = "auto"
 ) -> LogitsProvider:
-    """Open MODEL for measuring: a folder (full precision or GPTQ), a GGUF file, a hub id or `reference`.
+    """Open MODEL for measuring: a folder (full precision, GPTQ or ONNX), a GGUF file, a hub id or `reference`.
 
     Raises QwenQuantError when MODEL cannot be read, or needs torch and torch is not installed.
     """
     path = resolve_model(os.fspath(model))
+    if is_onnx_folder(path):
+        return EngineProvider(path, n_threads)
     if path.is_dir():
         try:
             from qwen_quant.evaluate.torch_provider import TorchProvider

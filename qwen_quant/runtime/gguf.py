@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qwen_quant import _core
 from qwen_quant.errors import FormatError
+
+if TYPE_CHECKING:
+    from qwen_quant.tokenizer import Tokenizer
+
+END_OF_TURN_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+END_OF_TURN_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,20 @@ class GGUFFile:
     def metadata(self) -> dict[str, Any]:
         """Keys and values; arrays are lists, bytes that are not UTF-8 are escaped as by `os.fsdecode`."""
         return self.core.metadata()
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer stored in the file."""
+        from qwen_quant.tokenizer import Tokenizer
+
+        return Tokenizer.from_gguf(self.metadata, self.path)
+
+    def end_ids(self) -> frozenset[int]:
+        """Every id that ends a turn: those the metadata names, and ChatML's where the vocabulary has them."""
+        metadata = self.metadata
+        ids = {metadata.get(f"tokenizer.ggml.{key}") for key in END_OF_TURN_KEYS}
+        tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
+        ids |= {tokens.index(token) for token in END_OF_TURN_TOKENS if token in tokens}
+        return frozenset(int(i) for i in ids if i is not None)
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """The stored bytes of a tensor, read-only and without a copy."""

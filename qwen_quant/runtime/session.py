@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,15 +16,13 @@ import numpy.typing as npt
 from qwen_quant import _core
 from qwen_quant.errors import QwenQuantError
 from qwen_quant.runtime.gguf import GGUFFile
+from qwen_quant.runtime.onnx import OnnxEngine, OnnxFolder, is_onnx_folder
 from qwen_quant.runtime.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:
     from qwen_quant.tokenizer import Tokenizer
 
 Logits = npt.NDArray[np.float32]
-
-END_OF_TURN_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-END_OF_TURN_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Timings:
 class Session:
     """A model that runs, and the context it has read so far."""
 
-    def __init__(self, file: GGUFFile, engine: _core.Engine) -> None:
+    def __init__(self, file: GGUFFile | OnnxFolder, engine: _core.Engine | OnnxEngine) -> None:
         self.file = file
         self.engine = engine
         self.timings = Timings()
@@ -65,12 +64,15 @@ class Session:
         isa: str = "auto",
         n_ctx: int | None = None,
     ) -> Session:
-        """Opens a GGUF file.
+        """Opens a GGUF file or an ONNX folder.
 
         `n_threads` None takes every CPU that the process may use; `isa` is auto, scalar, avx2 or avx512vnni;
         `n_ctx` overrides the context length in the file. Raises FormatError for a file that cannot be run
         exactly, QwenQuantError for options that this machine cannot serve.
         """
+        if is_onnx_folder(Path(path)):
+            folder = OnnxFolder(path)
+            return cls(folder, OnnxEngine(folder, n_threads or 0, n_ctx or 0))
         file = GGUFFile(path)
         return cls(file, _core.Engine(file.core, n_threads or 0, isa, n_ctx or 0))
 
@@ -102,18 +104,12 @@ class Session:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer stored in the file."""
-        from qwen_quant.tokenizer import Tokenizer
-
-        return Tokenizer.from_gguf(self.metadata, self.file.path)
+        return self.file.load_tokenizer()
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
-        """Every id that ends a turn: those the metadata names, and ChatML's where the vocabulary has them."""
-        metadata = self.metadata
-        ids = {metadata.get(f"tokenizer.ggml.{key}") for key in END_OF_TURN_KEYS}
-        tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
-        ids |= {tokens.index(token) for token in END_OF_TURN_TOKENS if token in tokens}
-        return frozenset(int(i) for i in ids if i is not None)
+        """Every id that ends a turn."""
+        return self.file.end_ids()
 
     def reset(self) -> None:
         """Forgets the context and frees its cache."""

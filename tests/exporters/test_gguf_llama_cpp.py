@@ -83,17 +83,6 @@ def model_of(checkpoint: Checkpoint, path: Path) -> Model:
     return model
 
 
-@pytest.fixture
-def make_model(make_checkpoint: Callable[..., Path], reference: Path) -> Callable[..., Checkpoint]:
-    def make(**changes: Any) -> Checkpoint:
-        folder = make_checkpoint(**{"vocab_size": 4112, **changes})
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(reference / name, folder / name)
-        return Checkpoint(folder)
-
-    return make
-
-
 def logprob_gaps(checkpoint: Checkpoint, path: Path) -> np.ndarray:
     """How far llama.cpp's top log-probabilities after prefixes of a text lie from ours: [prefixes, 5]."""
     tokens = Tokenizer.from_folder(checkpoint.folder).encode(TEXT)

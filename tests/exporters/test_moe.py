@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,17 +39,6 @@ FAMILIES = pytest.mark.parametrize("family", [QWEN2, QWEN3], ids=["qwen2moe", "q
 WINDOWS = np.random.default_rng(0).integers(0, 320, (4, 64)).astype(np.int32)
 RECIPE = Recipe(num_samples=4, seq_len=64)
 Make = Callable[..., Checkpoint]
-
-
-@pytest.fixture
-def make_model(make_checkpoint: Callable[..., Path], reference: Path) -> Make:
-    def make(**changes: Any) -> Checkpoint:
-        folder = make_checkpoint(**changes)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(reference / name, folder / name)
-        return Checkpoint(folder)
-
-    return make
 
 
 def decoded(layers: list[QuantizedLayer]) -> dict[str, np.ndarray]:

@@ -1,0 +1,133 @@
+"""`qwen-quant export --format onnx`: a checkpoint as a folder that onnxruntime and what is built on it open."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen_quant.cli import calibrating
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from qwen_quant.checkpoint import Checkpoint
+    from qwen_quant.cli.export import ExportOptions
+    from qwen_quant.exporters.onnx import Form, Written
+
+MEASURED_WINDOWS, MEASURED_TOKENS = 4, 128  # of calibration text, for the precision of each product
+
+
+def run(options: ExportOptions) -> None:
+    """Quantize where needed, write, and report."""
+    import time
+
+    from qwen_quant.checkpoint import Checkpoint
+    from qwen_quant.cli import planning
+    from qwen_quant.exporters.onnx import notes, stored_tensors
+    from qwen_quant.grids import IntGrid
+
+    began = time.monotonic()
+    max_ram = planning.parse_ram(options.max_ram)
+    checkpoint = Checkpoint.open(options.model)
+    remarks = notes(checkpoint)
+    if not options.json:
+        calibrating.announce(remarks)
+    form = form_of(options)
+    _, grid = form.resolved(checkpoint)
+    solving = grid is not None and checkpoint.quantization is None
+    recipe = calibrating.recipe_of(options) if solving else None
+    plan = planning.make_plan(checkpoint, stored_tensors(checkpoint, form), recipe, max_ram)
+    if options.dry_run:
+        # An embedding's grid may be another than the layers'; it is rounded about as quickly.
+        planning.report(plan, options, lambda kind: grid or IntGrid(8), recipe)
+        return
+    written, record = write(options, checkpoint, form, recipe, plan.keep_contexts)
+    seconds = time.monotonic() - began
+    if options.json:
+        from qwen_quant.cli.output import print_json
+
+        fields = calibrating.result_fields(options.output, written, record, seconds)
+        print_json({**fields, "types": written.types, "notes": remarks, "check": written.check})
+        return
+    report(options, written, seconds)
+
+
+def form_of(options: ExportOptions) -> Form:
+    """What the command line asks for."""
+    from qwen_quant.exporters.onnx import Form
+
+    return Form(
+        file_type=options.type,
+        group_size=options.group_size,
+        sym=options.sym,
+        token_embedding_type=options.token_embedding_type,
+        output_tensor_type=options.output_tensor_type,
+        opset=options.opset,
+        accuracy_level=options.accuracy_level.lower(),
+    )
+
+
+def write(
+    options: ExportOptions, checkpoint: Checkpoint, form: Form, recipe: Any, keep_contexts: bool
+) -> tuple[Written, dict[str, Any] | None]:
+    """Write the folder; what was written, and the recipe of its integers."""
+    from qwen_quant.exporters.onnx import export_onnx, grid_choice
+
+    _, grid = form.resolved(checkpoint)
+    with calibrating.layer_store(options.output, options.resume) as store:
+        layers, record = None, calibrating.stored_record(checkpoint)
+        if recipe is not None and grid is not None:
+            layers, record = calibrating.quantized_layers(
+                checkpoint, grid_choice(grid), recipe, store, keep_contexts
+            )
+        written = export_onnx(
+            checkpoint,
+            options.output,
+            form,
+            layers=layers,
+            record=record,
+            texts=texts_for(options, checkpoint) if form.accuracy_level == "auto" else None,
+            check=check_of(checkpoint, form) if options.verify else None,
+            overwrite=options.overwrite,
+        )
+    return written, record
+
+
+def texts_for(options: ExportOptions, checkpoint: Checkpoint) -> npt.NDArray[np.int32]:
+    """Token windows [n, T] on which the precision of each product is chosen."""
+    from qwen_quant import calib_data
+    from qwen_quant.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    length = min(MEASURED_TOKENS, checkpoint.spec.plain_context)
+    documents = calib_data.load(options.dataset)
+    return calib_data.sample(documents, tokenizer, MEASURED_WINDOWS, length, options.seed)
+
+
+def check_of(checkpoint: Checkpoint, form: Form) -> Callable[[Path], dict[str, Any]]:
+    """What runs the written folder against the checkpoint."""
+    from qwen_quant.evaluate.selfcheck import self_check
+
+    _, grid = form.resolved(checkpoint)
+    rounded = grid is not None and checkpoint.quantization is None
+    return lambda folder: self_check(folder, checkpoint, grid.bits if rounded and grid is not None else 8)
+
+
+def report(options: ExportOptions, written: Written, seconds: float) -> None:
+    """What was written, for a terminal."""
+    from rich.console import Console
+
+    if written.layers and written.layers[0].reports:
+        Console().print(calibrating.layer_table(written.layers))
+    calibrating.print_notes(written.layers, written.unquantized)
+    counts = Counter(written.types.values())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+    print(f"{options.output}: {written.bytes / 1e6:.1f} MB, {seconds:.1f} s, tensors: {kinds}")
+    if written.check:
+        kld, same = written.check["kld_mean"], written.check["top1_agreement"]
+        print(
+            f"checked on {written.check['tokens']} tokens: KLD {kld:.5f}, top-1 agreement {100 * same:.2f} %"
+        )

@@ -1,0 +1,132 @@
+"""Which products may round their activations to 8 bits (`accuracy_level` 4): the others cost too much.
+
+Both kinds of a MatMulNBits are run on the same activations of real text, side by side in one graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper
+
+from qwen_quant.runtime.onnx import open_graph
+
+LEVELS = {"0": 0, "4": 4}
+AUTO = "auto"
+# Root mean square of the difference, as a share of the output's, by the bits of the weights. Products with evenly
+# spread activations lie near 1 %; channels that stand out far above the others push it up. onnxruntime computes 8-bit
+# weights at level 0 dozens of times slower, so those have to be far off.
+LIMITS = {4: 0.03, 8: 0.1}
+_QUANTIZED = ("MatMulNBits", "QMoE")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How the products of a graph compute: those at level 0 by name, each with the error that level 4 would have."""
+
+    exact: dict[str, float]
+    fast: dict[str, float]
+
+    @property
+    def summary(self) -> dict[str, object]:
+        """For the artifact's record."""
+        errors = {**self.exact, **self.fast}
+        return {
+            "level_0": len(self.exact),
+            "level_4": len(self.fast),
+            "largest_error_at_level_4": max(self.fast.values(), default=0.0),
+            "median_error": float(np.median(list(errors.values()))) if errors else 0.0,
+            "kept_at_level_0": {name: round(error, 4) for name, error in self.exact.items()},
+        }
+
+
+def set_level(path: Path, level: int) -> None:
+    """Give every product of integers in the graph the same level."""
+    model = onnx.load(path, load_external_data=False)
+    for node in model.graph.node:
+        _set(node, level)
+    onnx.save(model, path)
+
+
+def choose_levels(path: Path, texts: npt.NDArray[np.integer]) -> Accuracy:
+    """Measure every MatMulNBits of the graph on token windows [n, T], and give level 4 to those below LIMITS.
+
+    QMoE stays at level 0. Needs memory for the weights of both kinds.
+    """
+    model = onnx.load(path, load_external_data=False)
+    products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+    if not products:
+        return Accuracy({}, {})
+    found = Accuracy({}, {})
+    errors = _measure(path, model, products, texts)
+    for node in products:
+        bits = next(a.i for a in node.attribute if a.name == "bits")
+        fast = errors[node.name] <= LIMITS[bits]
+        (found.fast if fast else found.exact)[node.name] = errors[node.name]
+        _set(node, 4 if fast else 0)
+    onnx.save(model, path)
+    return found
+
+
+def _set(node: onnx.NodeProto, level: int) -> None:
+    if node.op_type in _QUANTIZED:
+        attribute = next(a for a in node.attribute if a.name == "accuracy_level")
+        attribute.i = level
+
+
+def _measure(
+    path: Path, model: onnx.ModelProto, products: Sequence[onnx.NodeProto], texts: npt.NDArray[np.integer]
+) -> dict[str, float]:
+    """The relative error of each product at level 4, over all windows."""
+    doubled = onnx.ModelProto()
+    doubled.CopyFrom(model)
+    for node in products:
+        doubled.graph.node.extend(_compared(node))
+        for part in ("gap", "size"):
+            doubled.graph.output.append(
+                helper.make_tensor_value_info(f"{node.name}.{part}", TensorProto.FLOAT, [])
+            )
+    beside = path.with_name(f".{path.name}.measured")
+    try:
+        onnx.save(doubled, beside)
+        session = open_graph(beside)
+        wanted = [f"{node.name}.{part}" for node in products for part in ("gap", "size")]
+        sums = sum(np.array(session.run(wanted, _feeds(session, text))) for text in texts)
+    finally:
+        beside.unlink(missing_ok=True)
+    gaps, sizes = np.asarray(sums).reshape(-1, 2).T
+    found = np.sqrt(gaps / np.maximum(sizes, np.finfo(np.float32).tiny))
+    return {node.name: float(error) for node, error in zip(products, found, strict=True)}
+
+
+def _compared(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """The product at level 4, and the squares of its difference from the one at level 0 and of that one."""
+    fast = onnx.NodeProto()
+    fast.CopyFrom(node)
+    fast.name, fast.output[0] = f"{node.name}.fast", f"{node.name}.fast:0"
+    _set(fast, 4)
+    gap = f"{node.name}.difference"
+    return [
+        fast,
+        helper.make_node("Sub", [node.output[0], fast.output[0]], [gap]),
+        helper.make_node("ReduceSumSquare", [gap], [f"{node.name}.gap"], keepdims=0),
+        helper.make_node("ReduceSumSquare", [node.output[0]], [f"{node.name}.size"], keepdims=0),
+    ]
+
+
+def _feeds(session: object, text: npt.NDArray[np.integer]) -> dict[str, np.ndarray]:
+    """Inputs of a prompt [T] on an empty cache."""
+    feeds = {
+        "input_ids": text.astype(np.int64)[None],
+        "attention_mask": np.ones((1, len(text)), dtype=np.int64),
+        "position_ids": np.arange(len(text), dtype=np.int64)[None],
+    }
+    for value in session.get_inputs():  # type: ignore[attr-defined]
+        if value.name not in feeds:
+            feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), dtype=np.float32)
+    return feeds

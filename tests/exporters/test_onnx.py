@@ -1,0 +1,234 @@
+"""ONNX folders: onnxruntime computes from them what the reference model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from helpers.onnx_graph import OnnxGraph, graph_of
+from helpers.onnx_models import (
+    FAMILIES,
+    QWEN2,
+    QWEN2_MOE,
+    QWEN3_MOE,
+    SPARSE,
+    TOKENS,
+    Make,
+    check_steps,
+    expected,
+    operators,
+    write_gptq,
+)
+from onnx import numpy_helper
+
+from qwen_quant.checkpoint import Checkpoint
+from qwen_quant.errors import FormatError, UsageError
+from qwen_quant.exporters.onnx import Form, export_onnx, grid_choice
+from qwen_quant.exporters.onnx_blocks import to_blocks
+from qwen_quant.grids import IntGrid
+from qwen_quant.model import load_model
+from qwen_quant.quantize.recipe import Recipe
+from qwen_quant.quantize.stream import gptq_layers
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+def test_logits_of_every_dense_family(make_model: Make, tmp_path: Path, family: Any) -> None:
+    checkpoint = make_model(**family)
+    export_onnx(checkpoint, tmp_path / "out", Form("F32"))
+    check_steps(tmp_path / "out", expected(checkpoint), 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16"])
+def test_half_precision_weights(make_model: Make, tmp_path: Path, kind: str) -> None:
+    checkpoint = make_model()
+    export_onnx(checkpoint, tmp_path / "out", Form(kind))
+    # The checkpoint's BF16 values, all of them normal FP16 numbers or nearly so.
+    check_steps(tmp_path / "out", expected(checkpoint), 1e-3)
+
+
+def test_only_the_last_logits(make_model: Make, tmp_path: Path) -> None:
+    checkpoint = make_model()
+    export_onnx(checkpoint, tmp_path / "out", Form("F32"))
+    last = OnnxGraph(tmp_path / "out")(TOKENS[None], num_logits_to_keep=np.array(1))
+    assert last.shape[1] == 1
+    assert np.abs(last[0] - expected(checkpoint)[-1:]).max() < 1e-3
+
+
+def test_batches(make_model: Make, tmp_path: Path) -> None:
+    checkpoint = make_model(**QWEN2)
+    export_onnx(checkpoint, tmp_path / "out", Form("F32"))
+    texts = np.stack([TOKENS, TOKENS[::-1]])
+    graph = OnnxGraph(tmp_path / "out", batch=2)
+    found = np.concatenate([graph(texts[:, :39]), graph(texts[:, 39:])], axis=1)
+    for text, logits in zip(texts, found, strict=True):
+        assert np.abs(logits - expected(checkpoint, text.copy())).max() < 1e-3
+
+
+GRIDS = {
+    "int4-g32": {"bits": 4, "group_size": 32},
+    "int4-g128-short": {"bits": 4, "group_size": 128},
+    "int4-g64-asym": {"bits": 4, "group_size": 64, "sym": False},
+    "int4-rows": {"bits": 4, "group_size": -1},
+    "int4-g32-act-order": {"bits": 4, "group_size": 32, "desc_act": True},
+    "int4-g32-asym-act-order": {"bits": 4, "group_size": 32, "sym": False, "desc_act": True},
+    "int8-g64": {"bits": 8, "group_size": 64},
+    "int8-g32-asym": {"bits": 8, "group_size": 32, "sym": False},
+    "int3-g32": {"bits": 3, "group_size": 32},
+    "int2-g32-asym": {"bits": 2, "group_size": 32, "sym": False},
+}
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_the_integers_of_a_gptq_checkpoint(make_model: Make, tmp_path: Path, grid: Any, family: str) -> None:
+    checkpoint = write_gptq(make_model(**FAMILIES[family]), tmp_path / "gptq", **grid)
+    form = Form(token_embedding_type="F32", output_tensor_type="F32")
+    written = export_onnx(checkpoint, tmp_path / "out", form)
+    assert graph_of(tmp_path / "out").name == ("model_int8.onnx" if grid["bits"] == 8 else "model_q4.onnx")
+    assert (
+        written.types["model.layers.0.mlp.up_proj.weight"]
+        == IntGrid(**{k: v for k, v in grid.items() if k != "desc_act"}).name
+    )
+    check_steps(tmp_path / "out", expected(checkpoint), 1e-3)
+    found = decoded_products(tmp_path / "out")
+    stacked = (
+        "model.layers.0.self_attn.q_proj+model.layers.0.self_attn.k_proj+model.layers.0.self_attn.v_proj"
+    )
+    assert (stacked in found) is (family == "qwen2")
+    assert len(found) == (2 * 5 if family == "qwen2" else 2 * 7)
+    for names, weights in found.items():
+        original = np.concatenate([checkpoint.read(f"{name}.weight") for name in names.split("+")])
+        assert np.array_equal(weights, original), names
+
+
+def decoded_products(folder: Path) -> dict[str, np.ndarray]:
+    """The weights [N, K] of every MatMulNBits node by the definition of the operator, columns as the input has
+    them."""
+    model = onnx.load(graph_of(folder))
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    gathers = [node for node in model.graph.node if node.op_type == "Gather" and node.input[1] in arrays]
+    orders = {node.output[0]: arrays[node.input[1]] for node in gathers}
+    found = {}
+    for node in model.graph.node:
+        if node.op_type != "MatMulNBits":
+            continue
+        inputs = [*node.input, "", "", ""]
+        attributes = {a.name: a.i for a in node.attribute}
+        bits, block, k = attributes["bits"], attributes["block_size"], attributes["K"]
+        codes = unpacked(arrays[inputs[1]], bits).reshape(attributes["N"], -1)  # [N, B * block]
+        scales = arrays[inputs[2]].reshape(attributes["N"], -1)  # [N, B]
+        zeros = np.full_like(scales, 2 ** (bits - 1))
+        if inputs[3]:
+            zeros = unpacked(arrays[inputs[3]], bits)[:, : scales.shape[1]].astype(np.float32)
+        scales, zeros = (np.repeat(x, block, axis=1)[:, :k] for x in (scales, zeros))
+        weights = scales * (codes[:, :k].astype(np.float32) - zeros)
+        if inputs[0] in orders:
+            weights = weights[:, np.argsort(orders[inputs[0]])]
+        found[inputs[1].removesuffix(".codes")] = weights
+    return found
+
+
+def unpacked(data: np.ndarray, bits: int) -> np.ndarray:
+    """Bytes [..., D] as their codes [..., D * 8 / bits], the lowest bits first."""
+    parts = [(data >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    return np.stack(parts, axis=-1).reshape(*data.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized_embedding_and_head(make_model: Make, tmp_path: Path, tied: bool, kind: str) -> None:
+    checkpoint = make_model(tie_word_embeddings=tied)
+    sizes = {}
+    for outer in ("F32", kind):
+        form = Form("F32", token_embedding_type=outer, output_tensor_type=outer)
+        sizes[outer] = export_onnx(checkpoint, tmp_path / outer, form).bytes
+    saved = (1 if tied else 2) * 4112 * 64 * 4
+    stored = (1 if tied else 2) * 4112 * (64 + 4 if kind == "int8" else 32 + 4)
+    assert abs(sizes["F32"] - sizes[kind] - (saved - stored)) < 1 << 17  # a tied one is stored once
+    model = load_model(checkpoint)
+    names = ["model.embed_tokens.weight", "lm_head.weight"][: 1 if tied else 2]
+    for name in names:
+        rounded = IntGrid(8 if kind == "int8" else 4, 64).plain_rounding(checkpoint.read(name)).decode()
+        model.load_state_dict({name: torch.from_numpy(rounded)}, strict=False)
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(TOKENS)[None])[0].numpy()
+    check_steps(tmp_path / kind, wanted, 1e-3)
+
+
+def test_calibrated_integers(make_model: Make, tmp_path: Path) -> None:
+    checkpoint = make_model()
+    form = Form("int4", group_size=32, token_embedding_type="F32")
+    windows = np.random.default_rng(0).integers(0, 320, (4, 64)).astype(np.int32)
+    layers = list(
+        gptq_layers(checkpoint, grid_choice(IntGrid(4, 32)), windows, Recipe(num_samples=4, seq_len=64))
+    )
+    weights = {name: tensor.decode() for layer in layers for name, tensor in layer.tensors.items()}
+    export_onnx(checkpoint, tmp_path / "out", form, layers=layers, record={"bits": 4})
+    found = decoded_products(tmp_path / "out")
+    assert len(found) == len(weights) == 14
+    for name, values in found.items():
+        assert np.array_equal(values, weights[f"{name}.weight"]), name
+    properties = {
+        p.key: p.value for p in onnx.load(graph_of(tmp_path / "out"), load_external_data=False).metadata_props
+    }
+    assert properties["qwen_quant.bits"] == "4"
+    with pytest.raises(UsageError, match="quantized first"):
+        export_onnx(checkpoint, tmp_path / "other", form)
+
+
+def test_groups_of_unequal_size_are_refused(make_model: Make, tmp_path: Path) -> None:
+    tensor = IntGrid(4, 32).plain_rounding(np.ones((32, 64), dtype=np.float32))
+    tensor.group_index = np.array([0] * 40 + [1] * 24)
+    with pytest.raises(FormatError, match=r"weight: its groups \(g_idx\) do not have 32 columns"):
+        to_blocks("weight", tensor)
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16"])
+@pytest.mark.parametrize("family", SPARSE.values(), ids=list(SPARSE))
+def test_logits_of_models_with_experts(make_model: Make, tmp_path: Path, family: Any, kind: str) -> None:
+    checkpoint = make_model(**family)
+    export_onnx(checkpoint, tmp_path / "out", Form(kind))
+    check_steps(tmp_path / "out", expected(checkpoint), 1e-3)
+    assert "MoE" in operators(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("grid", "fused"),
+    [
+        ({"bits": 4, "group_size": 32}, True),
+        ({"bits": 4, "group_size": -1, "sym": False}, True),
+        ({"bits": 3, "group_size": 32}, True),
+        ({"bits": 8, "group_size": 32}, False),
+        ({"bits": 4, "group_size": 32, "desc_act": True}, False),
+    ],
+)
+@pytest.mark.parametrize("family", [QWEN2_MOE, QWEN3_MOE], ids=["qwen2moe", "qwen3moe"])
+def test_integers_of_experts(make_model: Make, tmp_path: Path, family: Any, grid: Any, fused: bool) -> None:
+    checkpoint = write_gptq(make_model(**family), tmp_path / "gptq", **grid)
+    form = Form(token_embedding_type="F32", output_tensor_type="F32")
+    export_onnx(checkpoint, tmp_path / "out", form)
+    assert ("QMoE" in operators(tmp_path / "out")) is fused
+    check_steps(tmp_path / "out", expected(checkpoint), 1e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_sliding_windows(make_model: Make, tmp_path: Path, family: str) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+    checkpoint = make_model(**FAMILIES[family], **window)
+    export_onnx(checkpoint, tmp_path / "out", Form("F32"))
+    check_steps(tmp_path / "out", expected(checkpoint), 1e-3)
+
+
+def test_qwen1(make_qwen1: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = Checkpoint(make_qwen1())
+    export_onnx(checkpoint, tmp_path / "out", Form("F32"))
+    check_steps(tmp_path / "out", expected(checkpoint), 1e-3)
+    quantized = write_gptq(checkpoint, tmp_path / "gptq", bits=4, group_size=32)
+    form = Form(token_embedding_type="F32", output_tensor_type="F32")
+    export_onnx(quantized, tmp_path / "int4", form)
+    check_steps(tmp_path / "int4", expected(quantized), 1e-3)
