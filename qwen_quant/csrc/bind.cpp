@@ -43,4 +43,5 @@ NB_MODULE(_core, m) {
     qq::bind_gguf(m);
     qq::bind_engine(m);
     qq::bind_kernels(m);
+    qq::bind_probe(m);
 }

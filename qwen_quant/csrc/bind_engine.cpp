@@ -78,6 +78,7 @@ void bind_engine(nb::module_& m) {
         .def_prop_ro("n_threads", &Engine::n_threads)
         .def_prop_ro("weight_bytes", &Engine::weight_bytes)
         .def_prop_ro("kv_bytes", &Engine::kv_bytes)
+        .def_prop_ro("kv_bytes_per_token", &Engine::kv_bytes_per_token)
         .def_prop_ro("scratch_bytes", &Engine::scratch_bytes);
 }
 

@@ -44,6 +44,7 @@ public:
     int n_threads() const { return team_.size(); }
     size_t weight_bytes() const;
     size_t kv_bytes() const { return kv_.bytes(); }
+    size_t kv_bytes_per_token() const { return kv_.bytes_per_token(); }
     size_t scratch_bytes() const;
 
 private:

@@ -35,6 +35,9 @@ public:
         return key(layer, head, position) + n_kv_heads_ * kPage * head_dim_;
     }
 
+    // Of one position in all layers.
+    size_t bytes_per_token() const { return layers_.size() * page_bytes() / kPage; }
+
     size_t bytes() const {
         size_t total = 0;
         for (const auto& layer : layers_) total += layer.size() * page_bytes();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from qwen_quant.chat_parsing import THINK, AnswerParser, ParsedAnswer, Piece
@@ -45,9 +46,10 @@ class Completion:
         room = max(session.n_ctx - len(self._prompt_tokens), 0)
         limit = room if self._max_tokens is None else min(self._max_tokens, room)
         decoder = session.tokenizer.decoder(skip_special=True)
-        for token in session.generate(prompt, limit, self._sampling, self._stop_ids):
-            self.tokens.append(token)
-            yield self._add(decoder.push(token))
+        with closing(session.generate(prompt, limit, self._sampling, self._stop_ids)) as tokens:
+            for token in tokens:
+                self.tokens.append(token)
+                yield self._add(decoder.push(token))
         yield self._add(decoder.finish())
         if len(self.tokens) < limit:
             self.stop = "end_of_turn"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from qwen_quant import _core
 from qwen_quant.errors import QwenQuantError
 from qwen_quant.runtime.gguf import GGUFFile
+from qwen_quant.runtime.lookup import LookupSteps
 from qwen_quant.runtime.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:
@@ -31,12 +32,15 @@ class Timings:
     """What the last `generate` did: counts, and seconds for prompt processing and for text generation.
 
     The first generated token falls out of the prompt's logits, so `tg_tokens` counts the steps after it.
+    `drafted` counts the tokens that prompt lookup guessed, `accepted` those of them that were generated.
     """
 
     prompt_tokens: int = 0
     pp_s: float = 0.0
     tg_tokens: int = 0
     tg_s: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def pp_tok_s(self) -> float:
@@ -48,11 +52,15 @@ class Timings:
 
 
 class Session:
-    """A model that runs, and the context it has read so far."""
+    """A model that runs, and the context it has read so far.
+
+    `draft_max` is how many tokens prompt lookup may guess at a time; 0 generates them one by one.
+    """
 
     def __init__(self, file: GGUFFile, engine: _core.Engine) -> None:
         self.file = file
         self.engine = engine
+        self.draft_max = 0
         self.timings = Timings()
         self._tokens: list[int] = []
 
@@ -142,9 +150,16 @@ class Session:
         Raises QwenQuantError when there are none, an id is outside the vocabulary, or the context is full.
         Ctrl-C is seen between chunks of 256 tokens.
         """
-        ids, n_past = as_token_ids(tokens), self.engine.n_past
+        return self._forward(as_token_ids(tokens), all_logits=False)
+
+    def extend(self, tokens: Sequence[int] | npt.NDArray[Any]) -> Logits:
+        """Appends tokens [T] to the context; logits [T, V] of what follows each. Raises as `prefill` does."""
+        return self._forward(as_token_ids(tokens), all_logits=True)
+
+    def _forward(self, ids: npt.NDArray[np.int32], all_logits: bool) -> Logits:
+        n_past = self.engine.n_past
         try:
-            return self.engine.forward(ids, n_past)
+            return self.engine.forward(ids, n_past, all_logits)
         finally:  # an interrupted prompt has been read in part
             self._tokens[n_past:] = ids[: self.engine.n_past - n_past].tolist()
 
@@ -156,10 +171,7 @@ class Session:
         """Logits [T, V] at every position of `tokens` [T], in a fresh context. Raises as `prefill` does."""
         ids = as_token_ids(tokens)
         self.truncate(0)
-        try:
-            return self.engine.forward(ids, 0, all_logits=True)
-        finally:
-            self._tokens[:] = ids[: self.engine.n_past].tolist()
+        return self.extend(ids)
 
     def generate(
         self,
@@ -167,11 +179,12 @@ class Session:
         max_tokens: int,
         sampling: SamplingParams | None = None,
         stop_ids: Collection[int] = (),
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Appends the prompt, then yields up to `max_tokens` tokens, ending before one of `stop_ids`.
 
-        The repetition penalty sees the whole context. Afterwards, and while it runs, `timings` tells what it
-        took. Raises as `prefill` does.
+        The repetition penalty sees the whole context. With `draft_max` several tokens may be computed at once;
+        they are the same ones. Afterwards, and while it runs, `timings` tells what it took. Raises as `prefill`
+        does.
         """
         sampler = Sampler(sampling or SamplingParams())
         history = [*self._tokens, *prompt_tokens]
@@ -179,18 +192,25 @@ class Session:
         start = time.perf_counter()
         logits = self.prefill(prompt_tokens)
         timings.pp_s = time.perf_counter() - start
-        for index in range(max_tokens):
-            start = time.perf_counter()
-            if index > 0:
-                logits = self.step(history[-1])
-            token = sampler.sample(logits, history)
-            if index > 0:
-                timings.tg_s += time.perf_counter() - start
-                timings.tg_tokens += 1
-            if token in stop_ids:
-                return
-            history.append(token)
-            yield token
+        steps = LookupSteps(self, self.draft_max) if self.draft_max else None
+        try:
+            for index in range(max_tokens):
+                start = time.perf_counter()
+                if index > 0:
+                    last, limit = history[-1], max_tokens - index - 1
+                    logits = steps.step(last, limit) if steps else self.step(last)
+                token = sampler.sample(logits, history)
+                if index > 0:
+                    timings.tg_s += time.perf_counter() - start
+                    timings.tg_tokens += 1
+                if token in stop_ids:
+                    return
+                history.append(token)
+                yield token
+        finally:
+            if steps:
+                steps.close()
+                timings.drafted, timings.accepted = steps.drafted, steps.accepted
 
 
 def as_token_ids(tokens: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.int32]:

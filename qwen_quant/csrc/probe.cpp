@@ -1,0 +1,152 @@
+#include "probe.h"
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+
+#ifdef QQ_X86
+#include <immintrin.h>
+#endif
+
+#include "large_pages.h"
+
+namespace qq {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+constexpr size_t kLine = 64;
+
+// Keeps the compiler from leaving out what nobody looks at.
+std::atomic<uint64_t> sink{0};
+
+void read_lines(const uint8_t* begin, const uint8_t* end) {
+    constexpr int kWords = kLine / sizeof(uint64_t);
+    constexpr size_t kAhead = 4096;  // bytes asked for early, as the kernels do
+    uint64_t sums[kWords] = {};
+    for (const uint8_t* line = begin; line < end; line += kLine) {
+        __builtin_prefetch(line + kAhead);
+        uint64_t words[kWords];
+        std::memcpy(words, line, sizeof words);
+        for (int i = 0; i < kWords; ++i) sums[i] += words[i];
+    }
+    for (const uint64_t sum : sums) sink.fetch_add(sum, std::memory_order_relaxed);
+}
+
+// Ways to multiply: each function does `n` rounds of kSums independent products of whole registers.
+constexpr int64_t kSums = 12;  // enough to hide the latency of one sum
+
+struct Int8Method {
+    const char* instructions;
+    int64_t bytes;  // in a register
+    void (*rounds)(int64_t n);
+};
+
+void rounds_plain(int64_t n) {
+    int8_t w[16], x[16];
+    std::memset(w, 3, sizeof w);
+    std::memset(x, 5, sizeof x);
+    int32_t total = 0;
+    for (int64_t i = 0; i < n * kSums; ++i) {
+        asm volatile("" : "+m"(w), "+m"(x));
+        for (int j = 0; j < 16; ++j) total += static_cast<int16_t>(w[j]) * x[j];
+    }
+    sink.fetch_add(static_cast<uint64_t>(total), std::memory_order_relaxed);
+}
+
+#ifdef QQ_X86
+// These functions are compiled for their instructions wherever they stand; best_method() chooses at run time. The
+// empty asm hides from the compiler that all rounds are alike.
+__attribute__((target("avx512f,avx512vnni"))) void rounds_vnni_zmm(int64_t n) {
+    const __m512i w = _mm512_set1_epi8(3), x = _mm512_set1_epi8(5);
+    __m512i sums[kSums];
+    for (__m512i& sum : sums) sum = _mm512_setzero_si512();
+    for (; n > 0; --n) {
+#pragma GCC unroll 12
+        for (int i = 0; i < kSums; ++i) sums[i] = _mm512_dpbusd_epi32(sums[i], w, x);
+    }
+    for (__m512i& sum : sums) asm volatile("" : "+v"(sum));
+}
+
+__attribute__((target("avx2,avxvnni"))) void rounds_vnni_ymm(int64_t n) {
+    const __m256i w = _mm256_set1_epi8(3), x = _mm256_set1_epi8(5);
+    __m256i sums[kSums];
+    for (__m256i& sum : sums) sum = _mm256_setzero_si256();
+    for (; n > 0; --n) {
+#pragma GCC unroll 12
+        for (int i = 0; i < kSums; ++i) sums[i] = _mm256_dpbusd_avx_epi32(sums[i], w, x);
+    }
+    for (__m256i& sum : sums) asm volatile("" : "+x"(sum));
+}
+
+__attribute__((target("avx2"))) void rounds_avx2(int64_t n) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i w = _mm256_set1_epi8(3);
+    __m256i sums[kSums];
+    for (__m256i& sum : sums) sum = _mm256_setzero_si256();
+    for (; n > 0; --n) {
+#pragma GCC unroll 12
+        for (int i = 0; i < kSums; ++i) {
+            asm volatile("" : "+x"(w));
+            const __m256i pairs = _mm256_maddubs_epi16(w, w);
+            sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones));
+        }
+    }
+    for (__m256i& sum : sums) asm volatile("" : "+x"(sum));
+}
+#endif
+
+Int8Method best_method() {
+#ifdef QQ_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vnni")) {
+        return {"vpdpbusd zmm", 64, rounds_vnni_zmm};
+    }
+    if (__builtin_cpu_supports("avxvnni")) return {"vpdpbusd ymm", 32, rounds_vnni_ymm};
+    if (__builtin_cpu_supports("avx2")) return {"vpmaddubsw, vpmaddwd ymm", 32, rounds_avx2};
+#endif
+    return {"plain C++", 16, rounds_plain};
+}
+
+}  // namespace
+
+MemoryProbe::MemoryProbe(int n_threads, size_t bytes) : memory_((bytes + kLine - 1) / kLine * kLine), team_(n_threads) {
+    advise_large_pages(memory_);
+    team_.run([&](int id) {
+        const Range lines = share(static_cast<int64_t>(memory_.bytes() / kLine), id, team_.size());
+        std::memset(memory_.data() + lines.begin * kLine, 1, static_cast<size_t>(lines.end - lines.begin) * kLine);
+    });
+}
+
+double MemoryProbe::read() {
+    const Clock::time_point start = Clock::now();
+    team_.run([&](int id) {
+        const Range lines = share(static_cast<int64_t>(memory_.bytes() / kLine), id, team_.size());
+        read_lines(memory_.data() + lines.begin * kLine, memory_.data() + lines.end * kLine);
+    });
+    return static_cast<double>(memory_.bytes()) / seconds_since(start);
+}
+
+double int8_rate(int n_threads) {
+    constexpr double kSeconds = 0.02;
+    constexpr int64_t kRounds = 20000;
+    const Int8Method method = best_method();
+    ThreadTeam team(n_threads);
+    std::atomic<int64_t> rounds{0};
+    method.rounds(kRounds);  // wakes the vector units up
+    const Clock::time_point start = Clock::now();
+    team.run([&](int) {
+        int64_t done = 0;
+        for (; seconds_since(start) < kSeconds; done += kRounds) method.rounds(kRounds);
+        rounds.fetch_add(done);
+    });
+    return static_cast<double>(rounds.load() * kSums * method.bytes * 2) / seconds_since(start);
+}
+
+const char* int8_instructions() { return best_method().instructions; }
+
+}  // namespace qq
