@@ -83,7 +83,17 @@ Seed = Annotated[
     int | None,
     typer.Option("--seed", show_default=False, help="Makes sampling repeatable; random by default."),
 ]
-
+Lookup = Annotated[
+    bool,
+    typer.Option(
+        "--lookup/--no-lookup",
+        help="Guess tokens where the text says again what it said before, and check them together: faster "
+        "where text repeats, slower where it does not; the same text either way.",
+    ),
+]
+DraftMax = Annotated[
+    int, typer.Option("--draft-max", min=1, max=128, help="Tokens that --lookup guesses at a time, at most.")
+]
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -104,6 +114,8 @@ def command(
     min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
+    lookup: Lookup = False,
+    draft_max: DraftMax = 8,
     threads: options.Threads = None,
     isa: options.Isa = "auto",
     json: options.Json = False,
@@ -118,6 +130,7 @@ def command(
         prompt, file, messages, tools, system=system, raw=raw, thinking=thinking, json=json
     )
     session = Session.open(find_file(model), n_threads=threads, isa=isa)
+    session.draft_max = draft_max if lookup else 0
     request.check(session.tokenizer)
     if request.interactive:
         chat(session, request, sampling, max_tokens)

@@ -83,6 +83,16 @@ def test_sampling_repeats_with_its_seed(cli: Callable, gguf_file: Path) -> None:
     assert sample(1) != sample(2)
 
 
+@pytest.mark.parametrize("options", [[], ["--temperature", "0.8", "--top-k", "20", "--seed", "5"]])
+def test_lookup_changes_no_text(options: list[str], cli: Callable, gguf_file: Path) -> None:
+    arguments = ["run", gguf_file, "-p", f"{PROMPT} quiet. {PROMPT} quiet. {PROMPT}", "--raw", "-n", "64"]
+    arguments += ["--json", *options]
+    plain, guessed = cli(*arguments).json, cli(*arguments, "--lookup", "--draft-max", "5").json
+    assert guessed["tokens"] == plain["tokens"]
+    assert 0 < guessed["accepted"] <= guessed["drafted"]
+    assert "drafted" not in plain
+
+
 def test_scalar_kernels_on_one_thread_say_the_same(cli: Callable, gguf_file: Path) -> None:
     arguments = ["run", gguf_file, "-p", PROMPT, "--raw", "-n", "16", "--json"]
     scalar = cli(*arguments, "--isa", "scalar", "-t", "1").json
