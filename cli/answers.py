@@ -87,6 +87,7 @@ def report(
         note(f"the answer is cut: the context of {session.n_ctx} tokens is full")
     timings = session.timings
     guesses = {"drafted": timings.drafted, "accepted": timings.accepted} if session.draft_max else {}
+    n_prompt = len(completion.prompt_tokens)
     if json:
         from qwen_quant.cli.output import print_json
 
@@ -94,7 +95,8 @@ def report(
             {
                 "text": completion.text,
                 "tokens": completion.tokens,
-                "prompt_tokens": timings.prompt_tokens,
+                "prompt_tokens": n_prompt,
+                "cached_tokens": n_prompt - timings.prompt_tokens,
                 "pp_tok_s": timings.pp_tok_s,
                 "tg_tok_s": timings.tg_tok_s,
                 "stop": completion.stop,

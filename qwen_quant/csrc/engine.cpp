@@ -87,6 +87,14 @@ void Engine::truncate(int64_t n_tokens) {
     n_past_ = n_tokens;
 }
 
+void Engine::begin_restore(int64_t n_tokens) {
+    if (n_tokens < 1 || n_tokens > n_ctx_) {
+        throw RunError(std::to_string(n_tokens) + " tokens do not fit into the context of " + std::to_string(n_ctx_));
+    }
+    reset();
+    kv_.reserve(n_tokens);
+}
+
 void Engine::begin(const int32_t* tokens, int64_t n_tokens, int64_t n_past) {
     if (n_tokens < 1) throw RunError("no tokens given; a prompt needs at least one");
     if (n_past < 0 || n_past > n_past_) {

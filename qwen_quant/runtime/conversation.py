@@ -33,8 +33,8 @@ class Completion:
         self.tokens: list[int] = []
         self.text = ""
         self.stop = "interrupted"
+        self.prompt_tokens = prompt_tokens
         self._session = session
-        self._prompt_tokens = prompt_tokens
         self._max_tokens = max_tokens
         self._sampling = sampling
         self._stop_ids = stop_ids
@@ -42,8 +42,8 @@ class Completion:
     def __iter__(self) -> Iterator[str]:
         """Raises as Session.generate does."""
         session = self._session
-        prompt = session.keep_shared(self._prompt_tokens)
-        room = max(session.n_ctx - len(self._prompt_tokens), 0)
+        prompt = session.keep_shared(self.prompt_tokens)
+        room = max(session.n_ctx - len(self.prompt_tokens), 0)
         limit = room if self._max_tokens is None else min(self._max_tokens, room)
         decoder = session.tokenizer.decoder(skip_special=True)
         with closing(session.generate(prompt, limit, self._sampling, self._stop_ids)) as tokens:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -54,13 +54,15 @@ class Timings:
 class Session:
     """A model that runs, and the context it has read so far.
 
-    `draft_max` is how many tokens prompt lookup may guess at a time; 0 generates them one by one.
+    `draft_max` is how many tokens prompt lookup may guess at a time; 0 generates them one by one. `after_prompt` is
+    called when `generate` has read its prompt.
     """
 
     def __init__(self, file: GGUFFile, engine: _core.Engine) -> None:
         self.file = file
         self.engine = engine
         self.draft_max = 0
+        self.after_prompt: Callable[[], None] | None = None
         self.timings = Timings()
         self._tokens: list[int] = []
 
@@ -133,6 +135,15 @@ class Session:
         self.engine.truncate(n_tokens)
         del self._tokens[n_tokens:]
 
+    def restore(self, tokens: Sequence[int], layers: Iterable[npt.NDArray[np.uint8]]) -> None:
+        """Makes `tokens` the context, with keys and values as `Engine.read_kv` gave them, layer after layer.
+
+        Raises QwenQuantError when they have other sizes; then, as after any error, the context is empty.
+        """
+        self.reset()
+        self.engine.restore_kv(len(tokens), layers)
+        self._tokens[:] = tokens
+
     def keep_shared(self, tokens: Sequence[int]) -> Sequence[int]:
         """Keeps what the context and `tokens` begin with alike; returns the rest, which is to be prefilled.
 
@@ -192,6 +203,8 @@ class Session:
         start = time.perf_counter()
         logits = self.prefill(prompt_tokens)
         timings.pp_s = time.perf_counter() - start
+        if self.after_prompt:
+            self.after_prompt()
         steps = LookupSteps(self, self.draft_max) if self.draft_max else None
         try:
             for index in range(max_tokens):

@@ -93,6 +93,35 @@ def test_lookup_changes_no_text(options: list[str], cli: Callable, gguf_file: Pa
     assert "drafted" not in plain
 
 
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_prompt_is_read_once(raw: bool, cli: Callable, gguf_file: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "prompt.cache"
+    options = ["-n", "12", "--json", *(["--raw"] if raw else [])]
+    plain = cli("run", gguf_file, "-p", PROMPT, *options).json
+    first = cli("run", gguf_file, "-p", PROMPT, *options, "--prompt-cache", cache).json
+    saved = cache.read_bytes()
+    second = cli("run", gguf_file, "-p", PROMPT, *options, "--prompt-cache", cache).json
+    assert plain["tokens"] == first["tokens"] == second["tokens"]
+    assert plain["prompt_tokens"] == second["prompt_tokens"]
+    assert (first["cached_tokens"], second["cached_tokens"]) == (0, plain["prompt_tokens"] - 1)
+    assert cache.read_bytes() == saved
+    longer = f"{PROMPT} so quiet"
+    expected = cli("run", gguf_file, "-p", longer, *options).json
+    third = cli("run", gguf_file, "-p", longer, *options, "--prompt-cache", cache).json
+    assert third["tokens"] == expected["tokens"]
+    assert 0 < third["cached_tokens"] <= second["prompt_tokens"]
+    assert cache.read_bytes() != saved
+
+
+def test_a_file_that_is_no_prompt_cache_is_left_alone(cli: Callable, gguf_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("Dear reader")
+    found = cli("run", gguf_file, "-p", PROMPT, "-n", "1", "--prompt-cache", tmp_path / "letter.txt")
+    assert (found.code, found.out) == (1, "")
+    assert "letter.txt: is no prompt cache" in found.err
+    assert found.err.count("\n") == 1
+    assert (tmp_path / "letter.txt").read_text() == "Dear reader"
+
+
 def test_scalar_kernels_on_one_thread_say_the_same(cli: Callable, gguf_file: Path) -> None:
     arguments = ["run", gguf_file, "-p", PROMPT, "--raw", "-n", "16", "--json"]
     scalar = cli(*arguments, "--isa", "scalar", "-t", "1").json
