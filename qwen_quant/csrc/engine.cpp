@@ -5,6 +5,7 @@
 
 #include "error.h"
 #include "pack_weights.h"
+#include "probe.h"
 
 namespace qq {
 
@@ -19,9 +20,9 @@ const Kernels& kernels_or_fail(const std::string& isa) {
 
 int thread_count(int asked) {
     if (asked < 0 || asked > 1024) {
-        throw RunError("n_threads " + std::to_string(asked) + " is out of range; use 1 to 1024, or 0 for all CPUs");
+        throw RunError("n_threads " + std::to_string(asked) + " is out of range; use 1 to 1024, or 0 for what is fastest");
     }
-    return asked ? asked : usable_cpus();
+    return asked ? asked : fastest_thread_count(usable_cpus());
 }
 
 int64_t context_or_fail(const GgufFile& file, const ModelConfig& c, int64_t asked) {

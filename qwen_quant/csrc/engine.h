@@ -23,7 +23,7 @@ class Engine {
 public:
     static constexpr int64_t kChunk = 256;  // most tokens that one step takes
 
-    // n_threads 0: as many as the process may use. n_ctx 0: what the model was made for.
+    // n_threads 0: as many as are fastest, of the CPUs that the process may use. n_ctx 0: what the model was made for.
     Engine(std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx);
 
     // Held by the caller for a whole request: one call to begin and the steps that follow, or a reset or truncate.

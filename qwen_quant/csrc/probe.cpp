@@ -1,9 +1,14 @@
 #include "probe.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <utility>
+#include <vector>
 
 #ifdef QQ_X86
 #include <immintrin.h>
@@ -112,6 +117,44 @@ Int8Method best_method() {
     return {"plain C++", 16, rounds_plain};
 }
 
+// Of a token in a small model: some reading and some multiplying, divided among the threads, in stages.
+struct TrialStep {
+    static constexpr int64_t kStages = 8;
+    static constexpr int64_t kLines = int64_t{8 << 20} / kLine;
+    static constexpr int64_t kRounds = 160000;
+    Buffer memory{static_cast<size_t>(kLines) * kLine};
+    Int8Method method = best_method();
+
+    TrialStep() {
+        advise_large_pages(memory);
+        std::memset(memory.data(), 1, memory.bytes());
+    }
+
+    // Seconds, at best: what else the machine does only makes it longer.
+    double run(int n_threads) const {
+        constexpr int kTries = 4;
+        ThreadTeam team(n_threads);
+        double best = 1e9;
+        for (int i = 0; i < kTries; ++i) {
+            const Clock::time_point start = Clock::now();
+            team.run([&](int id) { work(team, id); });
+            best = std::min(best, seconds_since(start));
+        }
+        return best;
+    }
+
+    void work(ThreadTeam& team, int id) const {
+        for (int64_t stage = 0; stage < kStages; ++stage) {
+            const int64_t first = kLines / kStages * stage;
+            const Range lines = share(kLines / kStages, id, team.size());
+            read_lines(memory.data() + (first + lines.begin) * kLine, memory.data() + (first + lines.end) * kLine);
+            const Range rounds = share(kRounds / kStages, id, team.size());
+            method.rounds(rounds.end - rounds.begin);
+            team.barrier();
+        }
+    }
+};
+
 }  // namespace
 
 MemoryProbe::MemoryProbe(int n_threads, size_t bytes) : memory_((bytes + kLine - 1) / kLine * kLine), team_(n_threads) {
@@ -145,6 +188,29 @@ double int8_rate(int n_threads) {
         rounds.fetch_add(done);
     });
     return static_cast<double>(rounds.load() * kSums * method.bytes * 2) / seconds_since(start);
+}
+
+int fastest_thread_count(int most) {
+    static std::mutex mutex;
+    static std::map<int, int> known;
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (most <= 1) return 1;
+    if (known.count(most)) return known[most];
+    constexpr double kAsFast = 1.05, kHopeless = 1.5;
+    const TrialStep step;
+    std::vector<std::pair<int, double>> tried;
+    double best = step.run(most);
+    for (const int n : {most, most * 3 / 4, most / 2, most * 3 / 8, most / 4, most * 3 / 16, most / 8, 1}) {
+        if (n < 1 || (!tried.empty() && n >= tried.back().first)) continue;
+        tried.emplace_back(n, step.run(n));
+        best = std::min(best, tried.back().second);
+        if (tried.back().second > kHopeless * best) break;
+    }
+    int chosen = most;
+    for (const auto& [n, seconds] : tried) {
+        if (seconds <= kAsFast * best) chosen = n;
+    }
+    return known[most] = chosen;
 }
 
 const char* int8_instructions() { return best_method().instructions; }

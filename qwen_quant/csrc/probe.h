@@ -1,4 +1,5 @@
-// What the machine can do at most, to compare the engine with: reading memory, and multiplying int8 numbers.
+// What the machine can do, found by trying: read memory and multiply int8 numbers at most, to compare the engine with,
+// and the number of threads that do both fastest.
 #pragma once
 
 #include <cstddef>
@@ -28,5 +29,9 @@ double int8_rate(int n_threads);
 
 // The instructions that int8_rate uses.
 const char* int8_instructions();
+
+// The fewest threads, of up to `most`, that are as fast as any number is: two on one core, or cores that other programs
+// keep busy, only make the others wait at barriers. Takes some 10 ms, once in a process.
+int fastest_thread_count(int most);
 
 }  // namespace qq

@@ -77,7 +77,8 @@ class Session:
     ) -> Session:
         """Opens a GGUF file.
 
-        `n_threads` None takes every CPU that the process may use; `isa` is auto, scalar, avx2 or avx512vnni;
+        `n_threads` None takes as many CPUs as a short trial finds fastest; `isa` is auto, scalar, avx2 or
+        avx512vnni;
         `n_ctx` overrides the context length in the file. Raises FormatError for a file that cannot be run
         exactly, QwenQuantError for options that this machine cannot serve.
         """

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_quant.runtime import prompt_cache
 from qwen_quant.runtime.session import Session
 from qwen_quant.tokenizer import Tokenizer
 
@@ -196,3 +197,24 @@ def test_a_closed_pipe_ends_quietly(gguf_file: Path) -> None:
     assert process.wait(60) == 1
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+def test_a_chat_is_kept_whole(
+    cli: Callable, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter(["Hello!", "And the sea?"])
+
+    def read(_: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    found = cli("run", gguf_file, "-n", "6", "--lookup", "--prompt-cache", tmp_path / "chat.cache")
+    assert found.code == 0
+    session = Session.open(gguf_file)
+    prompt_cache.load(session, tmp_path / "chat.cache")
+    text = session.tokenizer.decode(list(session.tokens))
+    assert text.index("Hello!") < text.index("And the sea?")
