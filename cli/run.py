@@ -95,6 +95,16 @@ Lookup = Annotated[
 DraftMax = Annotated[
     int, typer.Option("--draft-max", min=1, max=128, help="Tokens that --lookup guesses at a time, at most.")
 ]
+CtxSize = Annotated[
+    int | None,
+    typer.Option(
+        "--ctx-size",
+        "-c",
+        min=1,
+        show_default="what the model was made for",
+        help="Tokens that prompt and answer may have together; memory is taken as they come.",
+    ),
+]
 PromptCache = Annotated[
     Path | None,
     typer.Option(
@@ -127,6 +137,7 @@ def command(
     seed: Seed = None,
     lookup: Lookup = False,
     draft_max: DraftMax = 8,
+    ctx_size: CtxSize = None,
     prompt_cache: PromptCache = None,
     threads: options.Threads = None,
     isa: options.Isa = "auto",
@@ -141,7 +152,7 @@ def command(
     request = read_request(
         prompt, file, messages, tools, system=system, raw=raw, thinking=thinking, json=json
     )
-    session = Session.open(find_file(model), n_threads=threads, isa=isa)
+    session = Session.open(find_file(model), n_threads=threads, isa=isa, n_ctx=ctx_size)
     session.draft_max = draft_max if lookup else 0
     request.check(session.tokenizer)
     save = kept_prompt(session, prompt_cache) if prompt_cache else None

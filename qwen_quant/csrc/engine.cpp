@@ -114,7 +114,7 @@ void Engine::begin(const int32_t* tokens, int64_t n_tokens, int64_t n_past) {
         throw RunError(file_->path() + ": " + std::to_string(n_past + n_tokens) + " tokens exceed the context of " +
                        std::to_string(n_ctx_) + "; shorten the prompt" +
                        (c.context_is_limit && n_ctx_ == c.context ? " or generate less"
-                                                                  : ", generate less, or raise n_ctx"));
+                                                                  : ", generate less, or raise n_ctx (-c)"));
     }
     n_past_ = n_past;
 }

@@ -71,7 +71,19 @@ def test_a_prompt_longer_than_the_context_is_refused(cli: Callable, gguf_file: P
     found = cli("run", gguf_file, "-p", "word " * 5000, "--raw")
     assert (found.code, found.out) == (1, "")
     assert found.err.startswith("qwen-quant: ")
+    assert "raise n_ctx (-c)" in found.err
     assert found.err.count("\n") == 1
+
+
+def test_the_context_is_as_large_as_asked(cli: Callable, gguf_file: Path) -> None:
+    arguments = ["run", gguf_file, "-p", "word " * 40, "--raw", "--json"]
+    assert cli(*arguments, "-c", "30").code == 1
+    length = cli(*arguments, "-n", "0").json["prompt_tokens"]
+    found = cli(*arguments, "-c", length + 5).json
+    assert (len(found["tokens"]), found["stop"]) == (5, "context")
+    n_ctx = Session.open(gguf_file).n_ctx
+    longer = cli("run", gguf_file, "-p", "a " * n_ctx, "--raw", "-n", "1", "--json", "-c", 4 * n_ctx)
+    assert longer.json["prompt_tokens"] > n_ctx
 
 
 def test_sampling_repeats_with_its_seed(cli: Callable, gguf_file: Path) -> None:
