@@ -103,6 +103,7 @@ def run(command: list[str]) -> tuple[Any, float, float]:
 
 def ours(file: Path, options: argparse.Namespace) -> Program:
     command = [sys.executable, "-m", "qwen_quant.cli"]
+    run([*command, "bench", str(file), "-p", "1", "-n", "0", "-r", "1"])  # ends with an error for wrong text
     size = ["-p", str(options.n_prompt), "-n", str(options.n_gen), "-t", str(options.threads)]
 
     def measure(depth: int) -> dict[str, float]:
