@@ -29,15 +29,21 @@ constexpr size_t kLine = 64;
 // Keeps the compiler from leaving out what nobody looks at.
 std::atomic<uint64_t> sink{0};
 
+// Four places at once keep more reads under way than one does.
 void read_lines(const uint8_t* begin, const uint8_t* end) {
-    constexpr int kWords = kLine / sizeof(uint64_t);
-    constexpr size_t kAhead = 4096;  // bytes asked for early, as the kernels do
+    constexpr int kPlaces = 4, kWords = kLine / sizeof(uint64_t);
+    constexpr size_t kAhead = 1024;  // bytes asked for early
+    const size_t part = static_cast<size_t>(end - begin) / kLine / kPlaces * kLine;
     uint64_t sums[kWords] = {};
-    for (const uint8_t* line = begin; line < end; line += kLine) {
-        __builtin_prefetch(line + kAhead);
-        uint64_t words[kWords];
-        std::memcpy(words, line, sizeof words);
-        for (int i = 0; i < kWords; ++i) sums[i] += words[i];
+    for (size_t at = 0; at < part; at += kLine) {
+#pragma GCC unroll 4
+        for (int place = 0; place < kPlaces; ++place) {
+            const uint8_t* line = begin + static_cast<size_t>(place) * part + at;
+            __builtin_prefetch(line + kAhead);
+            uint64_t words[kWords];
+            std::memcpy(words, line, sizeof words);
+            for (int i = 0; i < kWords; ++i) sums[i] += words[i];
+        }
     }
     for (const uint64_t sum : sums) sink.fetch_add(sum, std::memory_order_relaxed);
 }
