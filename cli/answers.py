@@ -86,6 +86,8 @@ def report(
     if completion.stop == "context":
         note(f"the answer is cut: the context of {session.n_ctx} tokens is full")
     timings = session.timings
+    guesses = {"drafted": timings.drafted, "accepted": timings.accepted} if session.draft_max else {}
+    n_prompt = len(completion.prompt_tokens)
     if json:
         from qwen_quant.cli.output import print_json
 
@@ -93,13 +95,16 @@ def report(
             {
                 "text": completion.text,
                 "tokens": completion.tokens,
-                "prompt_tokens": timings.prompt_tokens,
+                "prompt_tokens": n_prompt,
+                "cached_tokens": n_prompt - timings.prompt_tokens,
                 "pp_tok_s": timings.pp_tok_s,
                 "tg_tok_s": timings.tg_tok_s,
                 "stop": completion.stop,
+                **guesses,
                 **(parsed or {}),
             }
         )
     elif sys.stderr.isatty():
         speed = f"{timings.prompt_tokens} prompt tokens, {timings.pp_tok_s:.1f} tok/s"
-        note(f"{speed}; {len(completion.tokens)} generated, {timings.tg_tok_s:.1f} tok/s")
+        right = f"; {timings.accepted} of {timings.drafted} guesses right" if guesses else ""
+        note(f"{speed}; {len(completion.tokens)} generated, {timings.tg_tok_s:.1f} tok/s{right}")

@@ -23,7 +23,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Threads = Annotated[
     int | None,
     typer.Option(
-        "--threads", "-t", min=1, show_default=False, help="CPU threads; all that are allowed by default."
+        "--threads", "-t", min=1, show_default=False, help="CPU threads; as many as are fastest by default."
     ),
 ]
 Isa = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,7 +84,37 @@ Seed = Annotated[
     int | None,
     typer.Option("--seed", show_default=False, help="Makes sampling repeatable; random by default."),
 ]
-
+Lookup = Annotated[
+    bool,
+    typer.Option(
+        "--lookup/--no-lookup",
+        help="Guess tokens where the text says again what it said before, and check them together: faster "
+        "where text repeats, slower where it does not; the same text either way.",
+    ),
+]
+DraftMax = Annotated[
+    int, typer.Option("--draft-max", min=1, max=128, help="Tokens that --lookup guesses at a time, at most.")
+]
+CtxSize = Annotated[
+    int | None,
+    typer.Option(
+        "--ctx-size",
+        "-c",
+        min=1,
+        show_default="what the model was made for",
+        help="Tokens that prompt and answer may have together; memory is taken as they come.",
+    ),
+]
+PromptCache = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompt-cache",
+        metavar="FILE",
+        show_default=False,
+        help="Keep what the model computes of the prompt in FILE, and read no more of the prompt than is new "
+        "next time; a chat is kept whole.",
+    ),
+]
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -104,6 +135,10 @@ def command(
     min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
+    lookup: Lookup = False,
+    draft_max: DraftMax = 8,
+    ctx_size: CtxSize = None,
+    prompt_cache: PromptCache = None,
     threads: options.Threads = None,
     isa: options.Isa = "auto",
     json: options.Json = False,
@@ -117,13 +152,36 @@ def command(
     request = read_request(
         prompt, file, messages, tools, system=system, raw=raw, thinking=thinking, json=json
     )
-    session = Session.open(find_file(model), n_threads=threads, isa=isa)
+    session = Session.open(find_file(model), n_threads=threads, isa=isa, n_ctx=ctx_size)
+    session.draft_max = draft_max if lookup else 0
     request.check(session.tokenizer)
+    save = kept_prompt(session, prompt_cache) if prompt_cache else None
     if request.interactive:
         chat(session, request, sampling, max_tokens)
+        if save:
+            save()
     else:
+        session.after_prompt = save
         answer = go_on if request.is_plain(session.tokenizer) else complete
         answer(session, request, sampling, DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
+
+
+def kept_prompt(session: Session, path: Path) -> Callable[[], None]:
+    """Begins with the context that `path` holds, if it exists; returns what writes the context there.
+
+    Raises FormatError when the file belongs to another model, or is something else.
+    """
+    from qwen_quant.runtime import prompt_cache
+
+    if path.exists():
+        prompt_cache.load(session, path)
+    known = list(session.tokens)
+
+    def save() -> None:
+        if session.n_past and known[: session.n_past] != session.tokens:
+            prompt_cache.save(session, path)
+
+    return save
 
 
 def find_file(model: str) -> Path:

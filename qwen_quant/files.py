@@ -21,13 +21,15 @@ def _fsync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _reporting(target: Path) -> Iterator[None]:
+def _reporting(target: Path, option: str = "-o") -> Iterator[None]:
     """Turn the operating system's refusals into one line that names the output."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OutputError(f"{target}: cannot be written ({reason}); choose another place with -o") from None
+        raise OutputError(
+            f"{target}: cannot be written ({reason}); choose another place with {option}"
+        ) from None
 
 
 def _beside(target: Path) -> Path:
@@ -56,12 +58,15 @@ def _alive(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a path beside `target`; on success it is synced and renamed to `target`, otherwise removed."""
+def atomic_file(target: Path, option: str = "-o") -> Iterator[Path]:
+    """Yield a path beside `target`; on success it is synced and renamed to `target`, otherwise removed.
+
+    Raises OutputError naming the `option` with which another place is chosen.
+    """
     target = Path(target)
-    with _reporting(target):
+    with _reporting(target, option):
         if target.is_dir():
-            raise OutputError(f"{target}: is a folder; name a file with -o")
+            raise OutputError(f"{target}: is a folder; name a file with {option}")
         partial = _beside(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear_stale(partial)

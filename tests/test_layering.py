@@ -153,6 +153,9 @@ def closure(module: str) -> set[str]:
         "qwen_quant.tokenizer",
         "qwen_quant.cli",
         "qwen_quant.cli.run",
+        "qwen_quant.cli.bench",
+        "qwen_quant.runtime.bench",
+        "qwen_quant.runtime.agreement",
     ],
 )
 def test_running_a_file_needs_no_torch(module: str) -> None:

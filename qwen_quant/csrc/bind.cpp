@@ -44,4 +44,5 @@ NB_MODULE(_core, m) {
     qq::bind_engine(m);
     qq::bind_kernels(m);
     qq::bind_grids(m);
+    qq::bind_probe(m);
 }

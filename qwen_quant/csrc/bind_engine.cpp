@@ -15,6 +15,8 @@ namespace qq {
 
 namespace {
 
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using NewBytes = nb::ndarray<nb::numpy, uint8_t>;
 using Tokens = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 // Waits for the requests of other Python threads, which need the GIL to finish.
@@ -45,6 +47,34 @@ FloatArray forward(Engine& engine, const Tokens& tokens, int64_t n_past, bool al
     return logits;
 }
 
+NewBytes read_kv(Engine& engine, int64_t layer, int64_t n_tokens) {
+    const auto request = begin_request(engine);
+    if (layer < 0 || layer >= engine.config().n_layers || n_tokens < 0 || n_tokens > engine.n_past()) {
+        throw RunError("layer " + std::to_string(layer) + " has no " + std::to_string(n_tokens) + " tokens");
+    }
+    const size_t n_bytes = engine.kv_layer_bytes(n_tokens);
+    uint8_t* data = new uint8_t[n_bytes ? n_bytes : 1];
+    const nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
+    engine.read_kv(layer, n_tokens, data);
+    return NewBytes(data, {n_bytes}, owner);
+}
+
+// Takes one layer after the other from an iterable; when that fails, the context is empty.
+void restore_kv(Engine& engine, int64_t n_tokens, const nb::iterable& layers) {
+    const auto request = begin_request(engine);
+    engine.begin_restore(n_tokens);
+    int64_t layer = 0;
+    for (const nb::handle item : layers) {
+        const Bytes data = nb::cast<Bytes>(item);
+        if (layer == engine.config().n_layers || data.shape(0) != engine.kv_layer_bytes(n_tokens)) {
+            throw RunError("layer " + std::to_string(layer) + " has other sizes");
+        }
+        engine.restore_layer(layer++, n_tokens, data.data());
+    }
+    if (layer < engine.config().n_layers) throw RunError("layer " + std::to_string(layer) + " is missing");
+    engine.end_restore(n_tokens);
+}
+
 }  // namespace
 
 void bind_engine(nb::module_& m) {
@@ -69,7 +99,13 @@ void bind_engine(nb::module_& m) {
             const auto request = begin_request(e);
             e.reset();
         })
+        .def("read_kv", &read_kv, nb::arg("layer"), nb::arg("n_tokens"),
+             "Keys and values of a layer's first n_tokens, as restore_kv takes them.")
+        .def("restore_kv", &restore_kv, nb::arg("n_tokens"), nb::arg("layers"),
+             "Makes n_tokens the context, from the bytes of each layer.")
         .def_prop_ro("n_past", &Engine::n_past)
+        .def_prop_ro("n_layers", [](const Engine& e) { return e.config().n_layers; })
+        .def_prop_ro("kv_type", &Engine::kv_type)
         .def_prop_ro("n_vocab", [](const Engine& e) { return e.config().n_vocab; })
         .def_prop_ro("n_ctx", &Engine::n_ctx)
         .def_prop_ro("n_ctx_train", [](const Engine& e) { return e.config().context; })
@@ -78,6 +114,7 @@ void bind_engine(nb::module_& m) {
         .def_prop_ro("n_threads", &Engine::n_threads)
         .def_prop_ro("weight_bytes", &Engine::weight_bytes)
         .def_prop_ro("kv_bytes", &Engine::kv_bytes)
+        .def_prop_ro("kv_bytes_per_token", &Engine::kv_bytes_per_token)
         .def_prop_ro("scratch_bytes", &Engine::scratch_bytes);
 }
 

@@ -5,6 +5,7 @@
 
 #include "error.h"
 #include "pack_weights.h"
+#include "probe.h"
 
 namespace qq {
 
@@ -19,9 +20,9 @@ const Kernels& kernels_or_fail(const std::string& isa) {
 
 int thread_count(int asked) {
     if (asked < 0 || asked > 1024) {
-        throw RunError("n_threads " + std::to_string(asked) + " is out of range; use 1 to 1024, or 0 for all CPUs");
+        throw RunError("n_threads " + std::to_string(asked) + " is out of range; use 1 to 1024, or 0 for what is fastest");
     }
-    return asked ? asked : usable_cpus();
+    return asked ? asked : fastest_thread_count(usable_cpus());
 }
 
 int64_t context_or_fail(const GgufFile& file, const ModelConfig& c, int64_t asked) {
@@ -87,6 +88,14 @@ void Engine::truncate(int64_t n_tokens) {
     n_past_ = n_tokens;
 }
 
+void Engine::begin_restore(int64_t n_tokens) {
+    if (n_tokens < 1 || n_tokens > n_ctx_) {
+        throw RunError(std::to_string(n_tokens) + " tokens do not fit into the context of " + std::to_string(n_ctx_));
+    }
+    reset();
+    kv_.reserve(n_tokens);
+}
+
 void Engine::begin(const int32_t* tokens, int64_t n_tokens, int64_t n_past) {
     if (n_tokens < 1) throw RunError("no tokens given; a prompt needs at least one");
     if (n_past < 0 || n_past > n_past_) {
@@ -105,7 +114,7 @@ void Engine::begin(const int32_t* tokens, int64_t n_tokens, int64_t n_past) {
         throw RunError(file_->path() + ": " + std::to_string(n_past + n_tokens) + " tokens exceed the context of " +
                        std::to_string(n_ctx_) + "; shorten the prompt" +
                        (c.context_is_limit && n_ctx_ == c.context ? " or generate less"
-                                                                  : ", generate less, or raise n_ctx"));
+                                                                  : ", generate less, or raise n_ctx (-c)"));
     }
     n_past_ = n_past;
 }

@@ -23,7 +23,7 @@ class Engine {
 public:
     static constexpr int64_t kChunk = 256;  // most tokens that one step takes
 
-    // n_threads 0: as many as the process may use. n_ctx 0: what the model was made for.
+    // n_threads 0: as many as are fastest, of the CPUs that the process may use. n_ctx 0: what the model was made for.
     Engine(std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx);
 
     // Held by the caller for a whole request: one call to begin and the steps that follow, or a reset or truncate.
@@ -35,6 +35,13 @@ public:
     void step(const int32_t* tokens, int64_t n_tokens, Logits which, float* logits);
     void truncate(int64_t n_tokens);  // forgets what lies beyond the first n_tokens of the context
     void reset();
+    // The keys and values of the first n_tokens in one layer, as KvCache::layer_bytes describes them.
+    size_t kv_layer_bytes(int64_t n_tokens) const { return kv_.layer_bytes(n_tokens); }
+    void read_kv(int64_t layer, int64_t n_tokens, uint8_t* out) const { kv_.copy_out(layer, n_tokens, out); }
+    // A context of n_tokens that comes from elsewhere, layer by layer; it is empty until the end.
+    void begin_restore(int64_t n_tokens);
+    void restore_layer(int64_t layer, int64_t n_tokens, const uint8_t* in) { kv_.copy_in(layer, n_tokens, in); }
+    void end_restore(int64_t n_tokens) { n_past_ = n_tokens; }
 
     const ModelConfig& config() const { return model_.config; }
     const GgufFile& file() const { return *file_; }
@@ -44,6 +51,8 @@ public:
     int n_threads() const { return team_.size(); }
     size_t weight_bytes() const;
     size_t kv_bytes() const { return kv_.bytes(); }
+    const char* kv_type() const { return KvCache::kType; }
+    size_t kv_bytes_per_token() const { return kv_.bytes_per_token(); }
     size_t scratch_bytes() const;
 
 private:

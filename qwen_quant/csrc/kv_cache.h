@@ -2,7 +2,9 @@
 // keys [n_kv_heads, kPage, head_dim] and then values of the same shape.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "buffer.h"
@@ -35,6 +37,26 @@ public:
         return key(layer, head, position) + n_kv_heads_ * kPage * head_dim_;
     }
 
+    static constexpr const char* kType = "f16";  // as the options and prompt cache files call it
+
+    // The first n positions of one layer as one piece, without the pages: keys [n_kv_heads, n, head_dim], then values.
+    size_t layer_bytes(int64_t n) const { return static_cast<size_t>(2 * n_kv_heads_ * n * head_dim_) * sizeof(uint16_t); }
+    void copy_out(int64_t layer, int64_t n, uint8_t* out) const {
+        for_each_run(layer, n, [&](uint16_t* run, size_t bytes) {
+            std::memcpy(out, run, bytes);
+            out += bytes;
+        });
+    }
+    void copy_in(int64_t layer, int64_t n, const uint8_t* in) {
+        for_each_run(layer, n, [&](uint16_t* run, size_t bytes) {
+            std::memcpy(run, in, bytes);
+            in += bytes;
+        });
+    }
+
+    // Of one position in all layers.
+    size_t bytes_per_token() const { return layers_.size() * layer_bytes(1); }
+
     size_t bytes() const {
         size_t total = 0;
         for (const auto& layer : layers_) total += layer.size() * page_bytes();
@@ -42,6 +64,20 @@ public:
     }
 
 private:
+    // Calls visit(begin, bytes) for the stretches that the first n positions lie in, in the order of layer_bytes.
+    template <class Visit>
+    void for_each_run(int64_t layer, int64_t n, Visit visit) const {
+        for (const bool values : {false, true}) {
+            for (int64_t head = 0; head < n_kv_heads_; ++head) {
+                for (int64_t first = 0; first < n; first += kPage) {
+                    const int64_t count = std::min(kPage, n - first);
+                    visit(values ? value(layer, head, first) : key(layer, head, first),
+                          static_cast<size_t>(count * head_dim_) * sizeof(uint16_t));
+                }
+            }
+        }
+    }
+
     size_t page_bytes() const { return static_cast<size_t>(2 * n_kv_heads_ * kPage * head_dim_) * sizeof(uint16_t); }
 
     int64_t n_kv_heads_, head_dim_;

@@ -1,9 +1,6 @@
 #include "pack_weights.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
+#include "large_pages.h"
 #include "packed.h"
 
 namespace qq {
@@ -34,18 +31,6 @@ std::vector<Matrix*> matrices_to_pack(Model& model, const Kernels& kernels) {
     }
     consider(model.head, kernels.lanes);
     return found;
-}
-
-// Large pages where the system has them: fewer faults while packing, fewer misses in the TLB afterwards.
-void advise_large_pages(const Buffer& buffer) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    constexpr uintptr_t kPage = 4096;
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(buffer.data()) + kPage - 1) / kPage * kPage;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(buffer.data()) + buffer.bytes()) / kPage * kPage;
-    if (begin < end) ::madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)buffer;
-#endif
 }
 
 // The rows in pieces, so that little of the file is in memory beside the packed copy.

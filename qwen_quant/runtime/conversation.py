@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from qwen_quant.chat_parsing import THINK, AnswerParser, ParsedAnswer, Piece
@@ -32,8 +33,8 @@ class Completion:
         self.tokens: list[int] = []
         self.text = ""
         self.stop = "interrupted"
+        self.prompt_tokens = prompt_tokens
         self._session = session
-        self._prompt_tokens = prompt_tokens
         self._max_tokens = max_tokens
         self._sampling = sampling
         self._stop_ids = stop_ids
@@ -41,13 +42,14 @@ class Completion:
     def __iter__(self) -> Iterator[str]:
         """Raises as Session.generate does."""
         session = self._session
-        prompt = session.keep_shared(self._prompt_tokens)
-        room = max(session.n_ctx - len(self._prompt_tokens), 0)
+        prompt = session.keep_shared(self.prompt_tokens)
+        room = max(session.n_ctx - len(self.prompt_tokens), 0)
         limit = room if self._max_tokens is None else min(self._max_tokens, room)
         decoder = session.tokenizer.decoder(skip_special=True)
-        for token in session.generate(prompt, limit, self._sampling, self._stop_ids):
-            self.tokens.append(token)
-            yield self._add(decoder.push(token))
+        with closing(session.generate(prompt, limit, self._sampling, self._stop_ids)) as tokens:
+            for token in tokens:
+                self.tokens.append(token)
+                yield self._add(decoder.push(token))
         yield self._add(decoder.finish())
         if len(self.tokens) < limit:
             self.stop = "end_of_turn"

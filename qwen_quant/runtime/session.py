@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from qwen_quant import _core
 from qwen_quant.errors import QwenQuantError
 from qwen_quant.runtime.gguf import GGUFFile
 from qwen_quant.runtime.onnx import OnnxEngine, OnnxFolder, is_onnx_folder
+from qwen_quant.runtime.lookup import LookupSteps
 from qwen_quant.runtime.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:
@@ -30,12 +31,15 @@ class Timings:
     """What the last `generate` did: counts, and seconds for prompt processing and for text generation.
 
     The first generated token falls out of the prompt's logits, so `tg_tokens` counts the steps after it.
+    `drafted` counts the tokens that prompt lookup guessed, `accepted` those of them that were generated.
     """
 
     prompt_tokens: int = 0
     pp_s: float = 0.0
     tg_tokens: int = 0
     tg_s: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def pp_tok_s(self) -> float:
@@ -47,11 +51,17 @@ class Timings:
 
 
 class Session:
-    """A model that runs, and the context it has read so far."""
+    """A model that runs, and the context it has read so far.
+
+    `draft_max` is how many tokens prompt lookup may guess at a time; 0 generates them one by one. `after_prompt` is
+    called when `generate` has read its prompt.
+    """
 
     def __init__(self, file: GGUFFile | OnnxFolder, engine: _core.Engine | OnnxEngine) -> None:
         self.file = file
         self.engine = engine
+        self.draft_max = 0
+        self.after_prompt: Callable[[], None] | None = None
         self.timings = Timings()
         self._tokens: list[int] = []
 
@@ -66,7 +76,8 @@ class Session:
     ) -> Session:
         """Opens a GGUF file or an ONNX folder.
 
-        `n_threads` None takes every CPU that the process may use; `isa` is auto, scalar, avx2 or avx512vnni;
+        `n_threads` None takes as many CPUs as a short trial finds fastest; `isa` is auto, scalar, avx2 or
+        avx512vnni;
         `n_ctx` overrides the context length in the file. Raises FormatError for a file that cannot be run
         exactly, QwenQuantError for options that this machine cannot serve.
         """
@@ -121,6 +132,15 @@ class Session:
         self.engine.truncate(n_tokens)
         del self._tokens[n_tokens:]
 
+    def restore(self, tokens: Sequence[int], layers: Iterable[npt.NDArray[np.uint8]]) -> None:
+        """Makes `tokens` the context, with keys and values as `Engine.read_kv` gave them, layer after layer.
+
+        Raises QwenQuantError when they have other sizes; then, as after any error, the context is empty.
+        """
+        self.reset()
+        self.engine.restore_kv(len(tokens), layers)
+        self._tokens[:] = tokens
+
     def keep_shared(self, tokens: Sequence[int]) -> Sequence[int]:
         """Keeps what the context and `tokens` begin with alike; returns the rest, which is to be prefilled.
 
@@ -138,9 +158,16 @@ class Session:
         Raises QwenQuantError when there are none, an id is outside the vocabulary, or the context is full.
         Ctrl-C is seen between chunks of 256 tokens.
         """
-        ids, n_past = as_token_ids(tokens), self.engine.n_past
+        return self._forward(as_token_ids(tokens), all_logits=False)
+
+    def extend(self, tokens: Sequence[int] | npt.NDArray[Any]) -> Logits:
+        """Appends tokens [T] to the context; logits [T, V] of what follows each. Raises as `prefill` does."""
+        return self._forward(as_token_ids(tokens), all_logits=True)
+
+    def _forward(self, ids: npt.NDArray[np.int32], all_logits: bool) -> Logits:
+        n_past = self.engine.n_past
         try:
-            return self.engine.forward(ids, n_past)
+            return self.engine.forward(ids, n_past, all_logits)
         finally:  # an interrupted prompt has been read in part
             self._tokens[n_past:] = ids[: self.engine.n_past - n_past].tolist()
 
@@ -152,10 +179,7 @@ class Session:
         """Logits [T, V] at every position of `tokens` [T], in a fresh context. Raises as `prefill` does."""
         ids = as_token_ids(tokens)
         self.truncate(0)
-        try:
-            return self.engine.forward(ids, 0, all_logits=True)
-        finally:
-            self._tokens[:] = ids[: self.engine.n_past].tolist()
+        return self.extend(ids)
 
     def generate(
         self,
@@ -163,11 +187,12 @@ class Session:
         max_tokens: int,
         sampling: SamplingParams | None = None,
         stop_ids: Collection[int] = (),
-    ) -> Iterator[int]:
+    ) -> Generator[int, None, None]:
         """Appends the prompt, then yields up to `max_tokens` tokens, ending before one of `stop_ids`.
 
-        The repetition penalty sees the whole context. Afterwards, and while it runs, `timings` tells what it
-        took. Raises as `prefill` does.
+        The repetition penalty sees the whole context. With `draft_max` several tokens may be computed at once;
+        they are the same ones. Afterwards, and while it runs, `timings` tells what it took. Raises as `prefill`
+        does.
         """
         sampler = Sampler(sampling or SamplingParams())
         history = [*self._tokens, *prompt_tokens]
@@ -175,18 +200,27 @@ class Session:
         start = time.perf_counter()
         logits = self.prefill(prompt_tokens)
         timings.pp_s = time.perf_counter() - start
-        for index in range(max_tokens):
-            start = time.perf_counter()
-            if index > 0:
-                logits = self.step(history[-1])
-            token = sampler.sample(logits, history)
-            if index > 0:
-                timings.tg_s += time.perf_counter() - start
-                timings.tg_tokens += 1
-            if token in stop_ids:
-                return
-            history.append(token)
-            yield token
+        if self.after_prompt:
+            self.after_prompt()
+        steps = LookupSteps(self, self.draft_max) if self.draft_max else None
+        try:
+            for index in range(max_tokens):
+                start = time.perf_counter()
+                if index > 0:
+                    last, limit = history[-1], max_tokens - index - 1
+                    logits = steps.step(last, limit) if steps else self.step(last)
+                token = sampler.sample(logits, history)
+                if index > 0:
+                    timings.tg_s += time.perf_counter() - start
+                    timings.tg_tokens += 1
+                if token in stop_ids:
+                    return
+                history.append(token)
+                yield token
+        finally:
+            if steps:
+                steps.close()
+                timings.drafted, timings.accepted = steps.drafted, steps.accepted
 
 
 def as_token_ids(tokens: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.int32]:

@@ -17,7 +17,7 @@ from qwen_quant.cli import output
 from qwen_quant.errors import CheckpointError, UsageError
 from qwen_quant.runtime.session import Session
 
-COMMANDS = ("gptq", "export", "run", "eval", "demo")
+COMMANDS = ("gptq", "export", "run", "bench", "eval", "demo")
 
 
 def test_help_names_every_command(cli: Callable) -> None:

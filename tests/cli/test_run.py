@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from qwen_quant.runtime import prompt_cache
 from qwen_quant.runtime.session import Session
 from qwen_quant.tokenizer import Tokenizer
 
@@ -70,7 +71,19 @@ def test_a_prompt_longer_than_the_context_is_refused(cli: Callable, gguf_file: P
     found = cli("run", gguf_file, "-p", "word " * 5000, "--raw")
     assert (found.code, found.out) == (1, "")
     assert found.err.startswith("qwen-quant: ")
+    assert "raise n_ctx (-c)" in found.err
     assert found.err.count("\n") == 1
+
+
+def test_the_context_is_as_large_as_asked(cli: Callable, gguf_file: Path) -> None:
+    arguments = ["run", gguf_file, "-p", "word " * 40, "--raw", "--json"]
+    assert cli(*arguments, "-c", "30").code == 1
+    length = cli(*arguments, "-n", "0").json["prompt_tokens"]
+    found = cli(*arguments, "-c", length + 5).json
+    assert (len(found["tokens"]), found["stop"]) == (5, "context")
+    n_ctx = Session.open(gguf_file).n_ctx
+    longer = cli("run", gguf_file, "-p", "a " * n_ctx, "--raw", "-n", "1", "--json", "-c", 4 * n_ctx)
+    assert longer.json["prompt_tokens"] > n_ctx
 
 
 def test_sampling_repeats_with_its_seed(cli: Callable, gguf_file: Path) -> None:
@@ -81,6 +94,45 @@ def test_sampling_repeats_with_its_seed(cli: Callable, gguf_file: Path) -> None:
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
+
+
+@pytest.mark.parametrize("options", [[], ["--temperature", "0.8", "--top-k", "20", "--seed", "5"]])
+def test_lookup_changes_no_text(options: list[str], cli: Callable, gguf_file: Path) -> None:
+    arguments = ["run", gguf_file, "-p", f"{PROMPT} quiet. {PROMPT} quiet. {PROMPT}", "--raw", "-n", "64"]
+    arguments += ["--json", *options]
+    plain, guessed = cli(*arguments).json, cli(*arguments, "--lookup", "--draft-max", "5").json
+    assert guessed["tokens"] == plain["tokens"]
+    assert 0 < guessed["accepted"] <= guessed["drafted"]
+    assert "drafted" not in plain
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_prompt_is_read_once(raw: bool, cli: Callable, gguf_file: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "prompt.cache"
+    options = ["-n", "12", "--json", *(["--raw"] if raw else [])]
+    plain = cli("run", gguf_file, "-p", PROMPT, *options).json
+    first = cli("run", gguf_file, "-p", PROMPT, *options, "--prompt-cache", cache).json
+    saved = cache.read_bytes()
+    second = cli("run", gguf_file, "-p", PROMPT, *options, "--prompt-cache", cache).json
+    assert plain["tokens"] == first["tokens"] == second["tokens"]
+    assert plain["prompt_tokens"] == second["prompt_tokens"]
+    assert (first["cached_tokens"], second["cached_tokens"]) == (0, plain["prompt_tokens"] - 1)
+    assert cache.read_bytes() == saved
+    longer = f"{PROMPT} so quiet"
+    expected = cli("run", gguf_file, "-p", longer, *options).json
+    third = cli("run", gguf_file, "-p", longer, *options, "--prompt-cache", cache).json
+    assert third["tokens"] == expected["tokens"]
+    assert 0 < third["cached_tokens"] <= second["prompt_tokens"]
+    assert cache.read_bytes() != saved
+
+
+def test_a_file_that_is_no_prompt_cache_is_left_alone(cli: Callable, gguf_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("Dear reader")
+    found = cli("run", gguf_file, "-p", PROMPT, "-n", "1", "--prompt-cache", tmp_path / "letter.txt")
+    assert (found.code, found.out) == (1, "")
+    assert "letter.txt: is no prompt cache" in found.err
+    assert found.err.count("\n") == 1
+    assert (tmp_path / "letter.txt").read_text() == "Dear reader"
 
 
 def test_scalar_kernels_on_one_thread_say_the_same(cli: Callable, gguf_file: Path) -> None:
@@ -157,3 +209,24 @@ def test_a_closed_pipe_ends_quietly(gguf_file: Path) -> None:
     assert process.wait(60) == 1
     assert process.stderr.read() == b""
     process.stderr.close()
+
+
+def test_a_chat_is_kept_whole(
+    cli: Callable, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter(["Hello!", "And the sea?"])
+
+    def read(_: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    found = cli("run", gguf_file, "-n", "6", "--lookup", "--prompt-cache", tmp_path / "chat.cache")
+    assert found.code == 0
+    session = Session.open(gguf_file)
+    prompt_cache.load(session, tmp_path / "chat.cache")
+    text = session.tokenizer.decode(list(session.tokens))
+    assert text.index("Hello!") < text.index("And the sea?")
