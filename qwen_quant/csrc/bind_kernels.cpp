@@ -74,12 +74,12 @@ Buffer quantize_rows(const Kernels& k, const Matrix2& x) {
     return out;
 }
 
-// n_rows rows of weights in the order that matmul_packed wants.
-Buffer pack(const Kernels& k, uint32_t type, const PlainRows& rows) {
-    Buffer packed(packed_bytes(rows.n_rows, rows.row_bytes, k.lanes));
+// Rows of weights in the order that matmul_packed wants, `row_bytes` for each of them.
+Buffer pack(const Kernels& k, uint32_t type, const PlainRows& rows, size_t row_bytes) {
+    Buffer packed(packed_bytes(rows.n_rows, row_bytes, k.lanes));
     for (int64_t r = 0; r < rows.n_rows; r += k.lanes) {
         pack_group(type, rows, r, k.lanes, k.types[type].pack_flip,
-                   packed.data() + static_cast<size_t>(r) * rows.row_bytes);
+                   packed.data() + static_cast<size_t>(r) * row_bytes);
     }
     return packed;
 }
@@ -91,14 +91,16 @@ FloatArray matmul(const std::string& type, const Bytes& weights, int64_t n_rows,
     const int64_t cols = static_cast<int64_t>(x.shape(1));
     if (n_rows < 1 || cols < 1 || n_rows > (int64_t{1} << 40) / cols) throw RunError("impossible matrix shape");
     const size_t bytes = checked_bytes(type, n_rows * cols, weights.shape(0));
+    if (cols % type_info(type_id(type))->block) throw RunError(type + ": a row of " + std::to_string(cols) + " weights is not whole blocks");
     if (packed && !t.matmul_packed) throw RunError(isa + " has no packed " + type);
     const PlainRows rows{weights.data(), n_rows, bytes / static_cast<size_t>(n_rows)};
-    const Buffer groups = packed ? pack(k, type_id(type), rows) : Buffer();
+    const size_t row_bytes = packed ? packed_row_bytes(type_id(type), cols) : rows.row_bytes;
+    const Buffer groups = packed ? pack(k, type_id(type), rows, row_bytes) : Buffer();
     const Buffer int8 = t.int8_activations ? quantize_rows(k, x) : Buffer();
     FloatArray y = new_floats({x.shape(0), static_cast<size_t>(n_rows)});
     MatmulArgs args;
     args.weights = packed ? groups.data() : rows.data;
-    args.row_bytes = rows.row_bytes;
+    args.row_bytes = row_bytes;
     args.n_rows = n_rows;
     args.k = cols;
     args.x = t.int8_activations ? int8.data() : reinterpret_cast<const uint8_t*>(x.data());
@@ -119,7 +121,8 @@ nb::tuple quantize_activations(const Matrix2& x, const std::string& isa) {
     for (size_t t = 0; t < n; ++t) {
         const uint8_t* row = rows.data() + t * q8_row_bytes(static_cast<int64_t>(k));
         for (size_t i = 0; i < k; ++i) codes.data()[t * k + i] = static_cast<int8_t>(row[i]);
-        std::memcpy(scales.data() + t * n_blocks, row + k, n_blocks * sizeof(float));
+        std::memcpy(scales.data() + t * n_blocks, row + q8_row(static_cast<int64_t>(k)).scales,
+                    n_blocks * sizeof(float));
     }
     return nb::make_tuple(codes, scales);
 }

@@ -34,14 +34,13 @@ void Engine::embed(int id, const StepState& s) {
     const Matrix& table = model_.embedding;
     const Range tokens = share(s.n_tokens, id, team_.size());
     for (int64_t t = tokens.begin; t < tokens.end; ++t) {
-        const uint8_t* row = table.data + s.tokens[t] * table.row_bytes;
+        float* out = hidden_.as<float>() + t * table.cols;
+        const TypeKernels& kernels = kernels_->types[table.type];
         if (table.packed) {
-            uint8_t* stored = scratch_[id].int8.data();
-            unpack_row(table.type, table.data, table.row_bytes, s.tokens[t], kernels_->lanes,
-                       kernels_->types[table.type].pack_flip, stored);
-            row = stored;
+            decode_packed_row(table.type, table.data, table.cols, s.tokens[t], kernels_->lanes, kernels.pack_flip, out);
+        } else {
+            kernels.dequantize(table.data + s.tokens[t] * table.row_bytes, table.cols, out);
         }
-        kernels_->types[table.type].dequantize(row, table.cols, hidden_.as<float>() + t * table.cols);
     }
 }
 

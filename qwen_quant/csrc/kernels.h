@@ -9,28 +9,47 @@
 
 namespace qq {
 
-// A row of k activations as int8, for weights whose blocks hold 32:
-// codes int8[k], then scale float[k / 32], then the sum of the codes int32[k / 32].
-// x ~ scale * code with scale = max|x| / 127 of the block, as llama.cpp's Q8_1.
-// Three more arrays of k / 32 follow from these: -8 * sum and -128 * sum (int32), which take the offset off unsigned
-// codes, and scale * sum (float), which a minimum is multiplied with.
-static inline size_t q8_row_bytes(int64_t k) { return static_cast<size_t>(k + k / kBlock * 20); }
+constexpr int64_t kHalfBlock = 16;  // the smallest group of weights with a scale of its own
+
+// Where the parts of a row of k activations as int8 lie, in bytes from its begin. x ~ scale * code with scale = max|x| /
+// 127 of 32 neighbours, for weights of every block type. The int8 codes come first; what follows after half_sums is
+// made from these three, once for all the rows of weights.
+struct Q8Row {
+    int64_t scales;            // float [k / 32]
+    int64_t half_sums;         // int32 [k / 16]: sums of 16 codes
+    int64_t minus_8;           // int32 [k / 32]: -8 * the sum of 32 codes, which takes the offset off unsigned weights
+    int64_t minus_128;         // int32 [k / 32]
+    int64_t scaled_sums;       // float [k / 32]: scale * the sum of 32 codes, which a minimum is multiplied with
+    int64_t scaled_half_sums;  // float [k / 16]
+    int64_t bytes;
+};
+
+static inline Q8Row q8_row(int64_t k) {
+    const int64_t n = k / kBlock * 4;
+    return {k, k + n, k + 3 * n, k + 4 * n, k + 5 * n, k + 6 * n, k + 8 * n};
+}
+
+static inline size_t q8_row_bytes(int64_t k) { return static_cast<size_t>(q8_row(k).bytes); }
 
 // From one such row to the next: each begins on a cache line of its own.
 static inline size_t int8_stride(int64_t k) { return (q8_row_bytes(k) + 63) / 64 * 64; }
 
-// Fills in the three arrays that follow from the first two.
+// Fills in the arrays that follow from codes, scales and half_sums.
 static inline void complete_q8_row(int64_t k, uint8_t* row) {
-    const int64_t n = k / kBlock;
-    const float* scales = reinterpret_cast<const float*>(row + k);
-    const int32_t* sums = reinterpret_cast<const int32_t*>(row + k + 4 * n);
-    int32_t* minus_8 = reinterpret_cast<int32_t*>(row + k + 8 * n);
-    int32_t* minus_128 = reinterpret_cast<int32_t*>(row + k + 12 * n);
-    float* scaled = reinterpret_cast<float*>(row + k + 16 * n);
-    for (int64_t b = 0; b < n; ++b) {
-        minus_8[b] = -8 * sums[b];
-        minus_128[b] = -128 * sums[b];
-        scaled[b] = scales[b] * static_cast<float>(sums[b]);
+    const Q8Row at = q8_row(k);
+    const float* scales = reinterpret_cast<const float*>(row + at.scales);
+    const int32_t* half_sums = reinterpret_cast<const int32_t*>(row + at.half_sums);
+    int32_t* minus_8 = reinterpret_cast<int32_t*>(row + at.minus_8);
+    int32_t* minus_128 = reinterpret_cast<int32_t*>(row + at.minus_128);
+    float* scaled = reinterpret_cast<float*>(row + at.scaled_sums);
+    float* scaled_halves = reinterpret_cast<float*>(row + at.scaled_half_sums);
+    for (int64_t b = 0; b < k / kBlock; ++b) {
+        const int32_t first = half_sums[2 * b], second = half_sums[2 * b + 1];
+        minus_8[b] = -8 * (first + second);
+        minus_128[b] = -128 * (first + second);
+        scaled[b] = scales[b] * static_cast<float>(first + second);
+        scaled_halves[2 * b] = scales[b] * static_cast<float>(first);
+        scaled_halves[2 * b + 1] = scales[b] * static_cast<float>(second);
     }
 }
 
@@ -52,8 +71,8 @@ struct TypeKernels {
     void (*matmul)(const MatmulArgs&);  // nullptr: the engine cannot multiply this type
     void (*dequantize)(const uint8_t* data, int64_t n, float* out);
     bool int8_activations;
-    // The same product with weights packed as packed.h says, `weights` and `row_bytes` counted as if they were not;
-    // nullptr: this type is multiplied as it is stored.
+    // The same product with weights packed as packed.h says, `row_bytes` being a row's share of its group; nullptr:
+    // this type is multiplied as it is stored.
     void (*matmul_packed)(const MatmulArgs&) = nullptr;
     uint32_t pack_flip = 0;
 };

@@ -4,6 +4,7 @@
 
 #include "half.h"
 #include "kernels.h"
+#include "quant_blocks.h"
 
 namespace qq {
 
@@ -24,44 +25,16 @@ void dequantize_float(const uint8_t* data, int64_t n, float* out) {
     for (int64_t i = 0; i < n; ++i) out[i] = At(data, i);
 }
 
-// weight = scale * code + minimum
-struct Block {
-    int8_t codes[kBlock];
-    float scale;
-    float minimum;
-};
-
-void unpack_q8_0(const uint8_t* p, Block& block) {
-    block.scale = load_half(p);
-    block.minimum = 0;
-    std::memcpy(block.codes, p + 2, kBlock);
-}
-
-void unpack_nibbles(const uint8_t* p, int offset, Block& block) {
-    for (int i = 0; i < kBlock / 2; ++i) {
-        block.codes[i] = static_cast<int8_t>((p[i] & 15) - offset);
-        block.codes[i + kBlock / 2] = static_cast<int8_t>((p[i] >> 4) - offset);
-    }
-}
-
-void unpack_q4_0(const uint8_t* p, Block& block) {
-    block.scale = load_half(p);
-    block.minimum = 0;
-    unpack_nibbles(p + 2, 8, block);
-}
-
-void unpack_q4_1(const uint8_t* p, Block& block) {
-    block.scale = load_half(p);
-    block.minimum = load_half(p + 2);
-    unpack_nibbles(p + 4, 0, block);
-}
-
-template <void (*Unpack)(const uint8_t*, Block&), int Bytes>
+template <uint32_t Type>
 void dequantize_blocks(const uint8_t* data, int64_t n, float* out) {
-    Block block;
-    for (int64_t b = 0; b < n / kBlock; ++b) {
-        Unpack(data + b * Bytes, block);
-        for (int i = 0; i < kBlock; ++i) out[b * kBlock + i] = block.scale * block.codes[i] + block.minimum;
+    const BlockFormat& format = *block_format(Type);
+    const size_t bytes = type_info(Type)->bytes;
+    uint8_t wide[kLargestWideBlock];
+    DecodedBlock block;
+    for (int64_t i = 0; i < n; i += format.weights, data += bytes) {
+        format.widen(data, wide);
+        format.decode(wide, block);
+        write_weights(format, block, out + i);
     }
 }
 
@@ -80,33 +53,55 @@ void matmul_float(const MatmulArgs& a) {
     }
 }
 
-template <void (*Unpack)(const uint8_t*, Block&), int Bytes>
+// What a block adds to the product of its row with the activations, [weights] codes of one token.
+float block_product(const BlockFormat& format, const DecodedBlock& block, const int8_t* x, const float* x_scales,
+                    const int32_t* x_sums) {
+    float product = 0;
+    for (int i = 0; i < format.weights; i += format.group) {
+        int32_t dot = 0, sum = 0;
+        for (int j = i; j < i + format.group; ++j) dot += static_cast<int32_t>(block.codes[j]) * x[j];
+        for (int j = i; j < i + format.group; j += kHalfBlock) sum += x_sums[j / kHalfBlock];
+        const float scale = x_scales[i / kBlock];
+        product += block.scale[i / format.group] * scale * static_cast<float>(dot) +
+                   block.minimum[i / format.group] * (scale * static_cast<float>(sum));
+    }
+    return product;
+}
+
+template <uint32_t Type>
 void matmul_blocks(const MatmulArgs& a) {
-    const int64_t n_blocks = a.k / kBlock;
-    Block block;
+    const BlockFormat& format = *block_format(Type);
+    const size_t bytes = type_info(Type)->bytes;
+    const Q8Row at = q8_row(a.k);
+    uint8_t wide[kLargestWideBlock];
+    DecodedBlock block;
     for (int64_t r = 0; r < a.n_rows; ++r) {
+        const uint8_t* w = a.weights + static_cast<size_t>(r) * a.row_bytes;
         for (int64_t t = 0; t < a.n_tokens; ++t) a.y[t * a.ldy + r] = 0;
-        for (int64_t b = 0; b < n_blocks; ++b) {
-            Unpack(a.weights + r * a.row_bytes + b * Bytes, block);
+        for (int64_t i = 0; i < a.k; i += format.weights, w += bytes) {
+            format.widen(w, wide);
+            format.decode(wide, block);
             for (int64_t t = 0; t < a.n_tokens; ++t) {
-                const uint8_t* row = a.x + t * a.x_row_bytes;
-                const int8_t* x = reinterpret_cast<const int8_t*>(row) + b * kBlock;
-                const float* scales = reinterpret_cast<const float*>(row + a.k);
-                const int32_t* sums = reinterpret_cast<const int32_t*>(scales + n_blocks);
-                int32_t dot = 0;
-                for (int i = 0; i < kBlock; ++i) dot += static_cast<int32_t>(block.codes[i]) * x[i];
-                a.y[t * a.ldy + r] += block.scale * scales[b] * static_cast<float>(dot) +
-                                      block.minimum * (scales[b] * static_cast<float>(sums[b]));
+                const uint8_t* x = a.x + static_cast<size_t>(t) * a.x_row_bytes;
+                a.y[t * a.ldy + r] += block_product(
+                    format, block, reinterpret_cast<const int8_t*>(x) + i,
+                    reinterpret_cast<const float*>(x + at.scales) + i / kBlock,
+                    reinterpret_cast<const int32_t*>(x + at.half_sums) + i / kHalfBlock);
             }
         }
     }
 }
 
+template <uint32_t Type>
+constexpr TypeKernels blocks() {
+    return {matmul_blocks<Type>, dequantize_blocks<Type>, true};
+}
+
 void quantize_row(const float* x, int64_t k, uint8_t* out) {
     const int64_t n_blocks = k / kBlock;
     int8_t* codes = reinterpret_cast<int8_t*>(out);
-    float* scales = reinterpret_cast<float*>(out + k);
-    int32_t* sums = reinterpret_cast<int32_t*>(scales + n_blocks);
+    float* scales = reinterpret_cast<float*>(out + q8_row(k).scales);
+    int32_t* sums = reinterpret_cast<int32_t*>(out + q8_row(k).half_sums);
     constexpr float kTiny = 1e-30f;       // smaller blocks count as zero: 127 / max would overflow
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest even integer
     for (int64_t b = 0; b < n_blocks; ++b, x += kBlock, codes += kBlock) {
@@ -118,14 +113,13 @@ void quantize_row(const float* x, int64_t k, uint8_t* out) {
         const float largest = bits_to_float(bits);
         const bool usable = largest > kTiny && bits < 0x7f800000u;
         const float inverse = usable ? 127.0f / largest : 0.0f;
-        int32_t sum = 0;
+        sums[2 * b] = sums[2 * b + 1] = 0;
         for (int i = 0; i < kBlock; ++i) {
             const float rounded = usable ? (x[i] * inverse + kRound) - kRound : 0.0f;
             codes[i] = static_cast<int8_t>(rounded);
-            sum += codes[i];
+            sums[2 * b + i / kHalfBlock] += codes[i];
         }
         scales[b] = bits < 0x7f800000u ? largest / 127.0f : bits_to_float(0x7fc00000u);
-        sums[b] = sum;
     }
     complete_q8_row(k, out);
 }
@@ -207,9 +201,18 @@ Kernels make_table() {
     k.types[kF32] = {matmul_float<f32_at>, dequantize_float<f32_at>, false};
     k.types[kF16] = {matmul_float<f16_at>, dequantize_float<f16_at>, false};
     k.types[kBF16] = {matmul_float<bf16_at>, dequantize_float<bf16_at>, false};
-    k.types[kQ8_0] = {matmul_blocks<unpack_q8_0, 34>, dequantize_blocks<unpack_q8_0, 34>, true};
-    k.types[kQ4_0] = {matmul_blocks<unpack_q4_0, 18>, dequantize_blocks<unpack_q4_0, 18>, true};
-    k.types[kQ4_1] = {matmul_blocks<unpack_q4_1, 20>, dequantize_blocks<unpack_q4_1, 20>, true};
+    k.types[kQ4_0] = blocks<kQ4_0>();
+    k.types[kQ4_1] = blocks<kQ4_1>();
+    k.types[kQ5_0] = blocks<kQ5_0>();
+    k.types[kQ5_1] = blocks<kQ5_1>();
+    k.types[kQ8_0] = blocks<kQ8_0>();
+    k.types[kQ2_K] = blocks<kQ2_K>();
+    k.types[kQ3_K] = blocks<kQ3_K>();
+    k.types[kQ4_K] = blocks<kQ4_K>();
+    k.types[kQ5_K] = blocks<kQ5_K>();
+    k.types[kQ6_K] = blocks<kQ6_K>();
+    k.types[kIQ4_NL] = blocks<kIQ4_NL>();
+    k.types[kIQ4_XS] = blocks<kIQ4_XS>();
     k.quantize_row = quantize_row;
     k.rms_norm = rms_norm;
     k.rope = rope;

@@ -39,7 +39,7 @@ struct Matrix {
     const uint8_t* data = nullptr;
     uint32_t type = kF32;
     int64_t rows = 0, cols = 0;
-    size_t row_bytes = 0;
+    size_t row_bytes = 0;  // once packed, of a row's share of its group
     bool packed = false;
 };
 

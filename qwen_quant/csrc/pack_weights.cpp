@@ -33,14 +33,20 @@ std::vector<Matrix*> matrices_to_pack(Model& model, const Kernels& kernels) {
     return found;
 }
 
+// Bytes of a matrix once it is packed, in whole cache lines.
+size_t packed_size(const Matrix& m, const Kernels& kernels) {
+    return (packed_bytes(m.rows, packed_row_bytes(m.type, m.cols), kernels.lanes) + 63) / 64 * 64;
+}
+
 // The rows in pieces, so that little of the file is in memory beside the packed copy.
 void pack_rows(const Matrix& m, Range rows, const GgufFile& file, const Kernels& kernels, uint8_t* out) {
+    const size_t to_row_bytes = packed_row_bytes(m.type, m.cols);
     constexpr size_t kPiece = size_t{1} << 20;
     const PlainRows plain{m.data, m.rows, m.row_bytes};
     const uint8_t* consumed = m.data + static_cast<size_t>(rows.begin) * m.row_bytes;
     for (int64_t r = rows.begin; r < rows.end; r += kernels.lanes) {
         pack_group(m.type, plain, r, kernels.lanes, kernels.types[m.type].pack_flip,
-                   out + static_cast<size_t>(r) * m.row_bytes);
+                   out + static_cast<size_t>(r) * to_row_bytes);
         const int64_t done = r + kernels.lanes < rows.end ? r + kernels.lanes : rows.end;
         const uint8_t* here = m.data + static_cast<size_t>(done) * m.row_bytes;
         if (done == rows.end || static_cast<size_t>(here - consumed) >= kPiece) {
@@ -56,7 +62,7 @@ Buffer pack_weights(Model& model, const GgufFile& file, const Kernels& kernels, 
     const bool tied = model.head.data == model.embedding.data;
     const std::vector<Matrix*> matrices = matrices_to_pack(model, kernels);
     size_t total = 0;
-    for (const Matrix* m : matrices) total += (packed_bytes(m->rows, m->row_bytes, kernels.lanes) + 63) / 64 * 64;
+    for (const Matrix* m : matrices) total += packed_size(*m, kernels);
     if (total == 0) return Buffer();
     Buffer memory(total);
     advise_large_pages(memory);
@@ -65,7 +71,7 @@ Buffer pack_weights(Model& model, const GgufFile& file, const Kernels& kernels, 
         uint8_t* out = memory.data();
         for (const Matrix* m : matrices) {
             pack_rows(*m, share(m->rows, id, team.size(), kernels.lanes), file, kernels, out);
-            out += (packed_bytes(m->rows, m->row_bytes, kernels.lanes) + 63) / 64 * 64;
+            out += packed_size(*m, kernels);
         }
     });
     uint8_t* out = memory.data();
@@ -73,8 +79,9 @@ Buffer pack_weights(Model& model, const GgufFile& file, const Kernels& kernels, 
         // Once more: the system may have mapped what was released again, around a page that was read later.
         file.release(m->data, static_cast<size_t>(m->rows) * m->row_bytes);
         m->data = out;
+        out += packed_size(*m, kernels);
+        m->row_bytes = packed_row_bytes(m->type, m->cols);
         m->packed = true;
-        out += (packed_bytes(m->rows, m->row_bytes, kernels.lanes) + 63) / 64 * 64;
     }
     if (tied) model.embedding = model.head;
     return memory;

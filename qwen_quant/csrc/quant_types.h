@@ -1,4 +1,5 @@
-// Tensor types of GGUF: ids, names and block sizes. Q4_0 and the like store `block` weights in `bytes` bytes.
+// Tensor types of GGUF: ids, names and block sizes. A block stores `block` weights in `bytes` bytes; how their bits lie
+// in it is in quant_blocks.cpp.
 #pragma once
 
 #include <cstddef>
@@ -6,17 +7,27 @@
 
 namespace qq {
 
+// d and m are FP16; s and m of a group within a block are small integers.
 enum GgmlType : uint32_t {
     kF32 = 0,
     kF16 = 1,
-    kQ4_0 = 2,  // half d; 16 bytes: weight i in the low nibble of byte i, i + 16 in the high one; d * (q - 8)
-    kQ4_1 = 3,  // half d, half m; nibbles as above; d * q + m
-    kQ8_0 = 8,  // half d; 32 int8; d * q
+    kQ4_0 = 2,     // d * (q - 8)
+    kQ4_1 = 3,     // d * q + m
+    kQ5_0 = 6,     // d * (q - 16)
+    kQ5_1 = 7,     // d * q + m
+    kQ8_0 = 8,     // d * q
+    kQ2_K = 10,    // d * s * q - dmin * m, in groups of 16
+    kQ3_K = 11,    // d * s * (q - 4), in groups of 16
+    kQ4_K = 12,    // d * s * q - dmin * m, in groups of 32
+    kQ5_K = 13,    // d * s * q - dmin * m, in groups of 32
+    kQ6_K = 14,    // d * s * (q - 32), in groups of 16
+    kIQ4_NL = 20,  // d * level[q]
+    kIQ4_XS = 23,  // d * s * level[q], in groups of 32
     kBF16 = 30,
 };
 
 constexpr uint32_t kTypeCount = 40;
-constexpr int64_t kBlock = 32;  // weights in a Q4_0, Q4_1 or Q8_0 block, and activations under one int8 scale
+constexpr int64_t kBlock = 32;  // activations under one int8 scale; every block of weights is a multiple of it
 
 struct TypeInfo {
     const char* name;

@@ -28,8 +28,8 @@ inline __m256 exp8(__m256 x) {
 
 void quantize_row(const float* x, int64_t k, uint8_t* out) {
     const int64_t n_blocks = k / kBlock;
-    float* scales = reinterpret_cast<float*>(out + k);
-    int32_t* sums = reinterpret_cast<int32_t*>(scales + n_blocks);
+    float* scales = reinterpret_cast<float*>(out + q8_row(k).scales);
+    int32_t* sums = reinterpret_cast<int32_t*>(out + q8_row(k).half_sums);
     const __m256i magnitude_mask = _mm256_set1_epi32(0x7fffffff);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undoes the 128-bit halves of the packs
     for (int64_t b = 0; b < n_blocks; ++b) {
@@ -44,19 +44,17 @@ void quantize_row(const float* x, int64_t k, uint8_t* out) {
         m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
         const float largest = _mm_cvtss_f32(_mm_castsi128_ps(m));
         const __m256 inverse = _mm256_set1_ps(largest > 1e-30f ? 127.0f / largest : 0.0f);
-        __m256i q[4], sum = _mm256_setzero_si256();
-        for (int i = 0; i < 4; ++i) {
-            q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
-            sum = _mm256_add_epi32(sum, q[i]);
-        }
+        __m256i q[4];
+        for (int i = 0; i < 4; ++i) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
         const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + b * kBlock),
                             _mm256_permutevar8x32_epi32(packed, order));
-        __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-        s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-        s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1));
+        // Both halves of the block at once: their fours, their pairs, and in the lowest two lanes the two sums.
+        const __m256i fours = _mm256_hadd_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3]));
+        __m128i s = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+        s = _mm_hadd_epi32(s, s);
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(sums + 2 * b), s);
         scales[b] = largest <= 3.4e38f ? largest / 127.0f : NAN;
-        sums[b] = _mm_cvtsi128_si32(s);
     }
     complete_q8_row(k, out);
 }

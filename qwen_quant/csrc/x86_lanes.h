@@ -2,7 +2,12 @@
 // activations, each lane with its own row of packed weights.
 #pragma once
 
+#include "quant_blocks.h"
 #include "x86_blocks.h"
+
+// For functions that must disappear into the loop over a tile, or its sums would be kept in memory.
+#define QQ_INLINE inline QQ_LAMBDA_INLINE
+#define QQ_LAMBDA_INLINE __attribute__((always_inline))
 
 namespace qq {
 
@@ -14,26 +19,12 @@ inline int32_t load_i32(const uint8_t* p) {
     return value;
 }
 
-// Where a row of int8 activations holds what belongs to one block of 32; see q8_row_bytes.
-struct XBlock {
-    int64_t codes, scale, minus_8, minus_128, scaled_sum;
-
-    explicit XBlock(int64_t k)
-        : codes(0), scale(k), minus_8(k + k / 4), minus_128(k + k / 8 * 3), scaled_sum(k + k / 2) {}
-    void next() {
-        codes += kBlock;
-        scale += 4;
-        minus_8 += 4;
-        minus_128 += 4;
-        scaled_sum += 4;
-    }
-};
+struct NoScale {};
 
 #ifdef __AVX512VNNI__
 
 constexpr int64_t kLanes = 16;
 constexpr int kGroupTile = 2, kPackedTokens = 6;  // 12 sums of integers, 12 of floats, and what feeds them
-constexpr uint32_t kFlipQ8_0 = 0x80808080u;       // + 128 to every code: the instruction wants one side unsigned
 using LaneFloats = __m512;
 using LaneInts = __m512i;
 
@@ -57,25 +48,55 @@ inline __m256 eight_lanes(LaneFloats x) {
 inline void store_lanes(float* p, LaneFloats x) { _mm512_storeu_ps(p, x); }
 inline LaneInts load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline LaneInts four_of_x(const uint8_t* p) { return _mm512_set1_epi32(load_i32(p)); }
-inline LaneInts low_nibbles(LaneInts x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
-inline LaneInts high_nibbles(LaneInts x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
+inline LaneInts lane_bytes(const uint8_t* p) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+template <int N>
+inline LaneInts shift(LaneInts x) {
+    return N >= 0 ? _mm512_slli_epi32(x, N >= 0 ? N : 0) : _mm512_srli_epi32(x, N < 0 ? -N : 0);
+}
+inline LaneInts shift_right(LaneInts x, int n) { return _mm512_srl_epi32(x, _mm_cvtsi32_si128(n)); }
+inline LaneInts mask_bytes(LaneInts x, int mask) {
+    return _mm512_and_si512(x, _mm512_set1_epi8(static_cast<char>(mask)));
+}
+inline LaneInts either(LaneInts a, LaneInts b) { return _mm512_or_si512(a, b); }
 
-// start + products of codes from 0 to 255 with x, four per lane at a time
+// The instruction wants one side unsigned: signed codes are kept with 128 added, which a start takes off again.
+constexpr bool kSignedCodesFlipped = true;
+inline LaneInts iq4_levels(LaneInts codes) {
+    const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kIq4Levels));
+    const __m128i flipped = _mm_xor_si128(levels, _mm_set1_epi8(-128));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(flipped), codes);
+}
+
+// What the sum of a group's products is multiplied with.
+using LaneScales = LaneFloats;
+inline LaneScales lane_scales(LaneInts x) { return to_floats(x); }
+
+// start + products of unsigned codes with x, four per lane at a time, and the sum over groups of scale times that
+template <int Largest>
 struct UnsignedSum {
-    LaneInts sum;
-    void begin(int32_t start) { sum = _mm512_set1_epi32(start); }
-    void add(LaneInts codes, LaneInts x) { sum = _mm512_dpbusd_epi32(sum, codes, x); }
-    LaneInts finish(int32_t) const { return sum; }
+    static constexpr int kFit = kBlock / 4;  // additions between two folds
+    LaneInts dot;
+    LaneFloats sum;
+    QQ_INLINE void begin(int32_t start) {
+        dot = _mm512_set1_epi32(start);
+        sum = lanes_of(0.0f);
+    }
+    QQ_INLINE void add(LaneInts codes, LaneInts x) { dot = _mm512_dpbusd_epi32(dot, codes, x); }
+    QQ_INLINE void fold(NoScale) { sum = to_floats(dot); }
+    QQ_INLINE void fold(LaneScales scale) {
+        sum = multiply_add(to_floats(dot), scale, sum);
+        dot = _mm512_setzero_si512();
+    }
+    QQ_INLINE LaneFloats total(int32_t) const { return sum; }
 };
-using NibbleSum = UnsignedSum;
-using SumQ8_0 = UnsignedSum;
-inline int32_t start_of_q8_0(const uint8_t* x, const XBlock& at) { return load_i32(x + at.minus_128); }
+using SignedSum = UnsignedSum<255>;
 
 #else
 
 constexpr int64_t kLanes = 8;
 constexpr int kGroupTile = 1, kPackedTokens = 4;
-constexpr uint32_t kFlipQ8_0 = 0;
 using LaneFloats = __m256;
 using LaneInts = __m256i;
 
@@ -91,30 +112,65 @@ inline __m256 eight_lanes(LaneFloats x) { return x; }
 inline void store_lanes(float* p, LaneFloats x) { _mm256_storeu_ps(p, x); }
 inline LaneInts load_codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline LaneInts four_of_x(const uint8_t* p) { return _mm256_set1_epi32(load_i32(p)); }
-inline LaneInts low_nibbles(LaneInts x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
-inline LaneInts high_nibbles(LaneInts x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
+inline LaneInts lane_bytes(const uint8_t* p) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+template <int N>
+inline LaneInts shift(LaneInts x) {
+    return N >= 0 ? _mm256_slli_epi32(x, N >= 0 ? N : 0) : _mm256_srli_epi32(x, N < 0 ? -N : 0);
+}
+inline LaneInts shift_right(LaneInts x, int n) { return _mm256_srl_epi32(x, _mm_cvtsi32_si128(n)); }
+inline LaneInts mask_bytes(LaneInts x, int mask) {
+    return _mm256_and_si256(x, _mm256_set1_epi8(static_cast<char>(mask)));
+}
+inline LaneInts either(LaneInts a, LaneInts b) { return _mm256_or_si256(a, b); }
 
-inline LaneInts add_pairs(LaneInts x) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
+constexpr bool kSignedCodesFlipped = false;
+inline LaneInts iq4_levels(LaneInts codes) {
+    const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kIq4Levels));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), codes);
+}
 
-// start + products of codes from 0 to 15 with x: the eight sums of two products of a block fit into 16 bits.
-struct NibbleSum {
-    LaneInts pairs;
-    void begin(int32_t) { pairs = _mm256_setzero_si256(); }
-    void add(LaneInts codes, LaneInts x) { pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes, x)); }
-    LaneInts finish(int32_t start) const { return _mm256_add_epi32(_mm256_set1_epi32(start), add_pairs(pairs)); }
+// What sums of two products are multiplied with while they are added up: each lane's scale twice, in 16 bits.
+using LaneScales = LaneInts;
+inline LaneScales lane_scales(LaneInts x) {
+    const __m128i twice = _mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13);
+    return _mm256_shuffle_epi8(x, _mm256_broadcastsi128_si256(twice));
+}
+inline LaneInts add_pairs(LaneInts x, LaneScales scale) { return _mm256_madd_epi16(x, scale); }
+inline LaneInts add_pairs(LaneInts x, NoScale) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
+
+// The sum over groups of scale times the products of codes with x. Sums of two products wait in 16 bits until they
+// are folded into `sum`.
+struct LaneSum {
+    LaneInts pairs, sum;
+    QQ_INLINE void begin(int32_t) { pairs = sum = _mm256_setzero_si256(); }
+    template <class Scale>
+    QQ_INLINE void fold(Scale scale) {
+        sum = _mm256_add_epi32(sum, add_pairs(pairs, scale));
+        pairs = _mm256_setzero_si256();
+    }
+    QQ_INLINE LaneFloats total(int32_t start) const {
+        return to_floats(_mm256_add_epi32(_mm256_set1_epi32(start), sum));
+    }
+};
+
+// Codes from 0 to Largest; |x| <= 127
+template <int Largest>
+struct UnsignedSum : LaneSum {
+    static constexpr int kFit = 32767 / (2 * 127 * Largest);
+    QQ_INLINE void add(LaneInts codes, LaneInts x) {
+        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes, x));
+    }
 };
 
 // Signed codes: |w| * (x with the sign of w); two products reach 2 * 128 * 127 < 2^15, more do not fit.
-struct SumQ8_0 {
-    LaneInts sum;
-    void begin(int32_t) { sum = _mm256_setzero_si256(); }
-    void add(LaneInts codes, LaneInts x) {
-        const LaneInts pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
-        sum = _mm256_add_epi32(sum, add_pairs(pairs));
+struct SignedSum : LaneSum {
+    static constexpr int kFit = 1;
+    QQ_INLINE void add(LaneInts codes, LaneInts x) {
+        pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
     }
-    LaneInts finish(int32_t) const { return sum; }
 };
-inline int32_t start_of_q8_0(const uint8_t*, const XBlock&) { return 0; }
 
 #endif
 

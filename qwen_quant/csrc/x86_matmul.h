@@ -67,6 +67,7 @@ inline void tile_blocks(const MatmulArgs& a, int64_t r0, int64_t t0) {
     using Prepared = PreparedBlock<W::kUnsigned>;
     const size_t ahead = prefetch_distance(R * a.row_bytes);
     const int64_t n_blocks = a.k / kBlock;
+    const Q8Row at = q8_row(a.k);
     const uint8_t* w = a.weights + r0 * a.row_bytes;
     const uint8_t* x = a.x + t0 * a.x_row_bytes;
     __m256 acc[R][T];
@@ -90,16 +91,18 @@ inline void tile_blocks(const MatmulArgs& a, int64_t r0, int64_t t0) {
         }
         for (int t = 0; t < T; ++t) {
             const uint8_t* row = x + t * a.x_row_bytes;
-            const float* scales = reinterpret_cast<const float*>(row + a.k);
-            const int32_t* sums = reinterpret_cast<const int32_t*>(scales + n_blocks);
+            const float* scales = reinterpret_cast<const float*>(row + at.scales);
+            const int32_t* sums = reinterpret_cast<const int32_t*>(row + at.half_sums) + 2 * b;
             const __m256i codes =
                 Prepared::activations(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + b * kBlock)));
-            const __m256i start = W::kOffset == 0 ? _mm256_setzero_si256() : first_lane(-W::kOffset * sums[b]);
+            const __m256i start = W::kOffset == 0 ? _mm256_setzero_si256() : first_lane(-W::kOffset * (sums[0] + sums[1]));
             const __m256 x_scale = _mm256_broadcast_ss(scales + b);
             for (int r = 0; r < R; ++r) {
                 const __m256 dot = _mm256_cvtepi32_ps(block[r].dot(start, codes));
                 acc[r][t] = _mm256_fmadd_ps(dot, _mm256_mul_ps(scale[r], x_scale), acc[r][t]);
-                if (W::kHasMinimum) minimum_sum[r][t] += minimum[r] * (scales[b] * static_cast<float>(sums[b]));
+                if (W::kHasMinimum) {
+                    minimum_sum[r][t] += minimum[r] * (scales[b] * static_cast<float>(sums[0] + sums[1]));
+                }
             }
         }
     }

@@ -2,68 +2,97 @@
 // and a block of codes is unpacked once for several tokens.
 #pragma once
 
-#include "x86_lanes.h"
+#include <utility>
+
+#include "x86_packed_types.h"
 
 namespace qq {
 
 namespace {
 
-// How a block is multiplied: a product is scale * (start + sum of codes * x) + minimum * sum of x. The eight words of
-// codes of each row come in four pairs, and first(i), second(i) say which words the i-th pair holds.
-struct PackedQ8_0 {
-    static constexpr int kBytes = 34 * kLanes;
-    static constexpr bool kHasMinimum = false;
-    using Sum = SumQ8_0;
-    static constexpr int first(int i) { return 2 * i; }
-    static constexpr int second(int i) { return 2 * i + 1; }
-    static int32_t start(const uint8_t* x, const XBlock& at) { return start_of_q8_0(x, at); }
-    static void load(const uint8_t* p, int i, LaneInts& a, LaneInts& b) {
-        a = load_codes(p + (2 + 8 * i) * kLanes);
-        b = load_codes(p + (6 + 8 * i) * kLanes);
-    }
-};
+template <class Visit, int... N>
+QQ_INLINE void for_each_of(Visit visit, std::integer_sequence<int, N...>) {
+    (visit(std::integral_constant<int, N>()), ...);
+}
 
-template <int Halves>
-struct PackedNibbles {
-    static constexpr int kBytes = (2 * Halves + 16) * kLanes;
-    static constexpr bool kHasMinimum = Halves == 2;
-    using Sum = NibbleSum;
-    static constexpr int first(int i) { return i; }
-    static constexpr int second(int i) { return i + 4; }
-    static int32_t start(const uint8_t* x, const XBlock& at) { return kHasMinimum ? 0 : load_i32(x + at.minus_8); }
-    static void load(const uint8_t* p, int i, LaneInts& a, LaneInts& b) {
-        const LaneInts both = load_codes(p + (2 * Halves + 4 * i) * kLanes);
-        a = low_nibbles(both);
-        b = high_nibbles(both);
-    }
-};
-using PackedQ4_0 = PackedNibbles<1>;
-using PackedQ4_1 = PackedNibbles<2>;
+// visit(0), visit(1) ... visit(Count - 1), with numbers that are known when this is compiled
+template <int Count, class Visit>
+QQ_INLINE void unrolled(Visit visit) {
+    for_each_of(visit, std::make_integer_sequence<int, Count>());
+}
 
-// Sums of the products of one block, [G groups of rows][T tokens]. They take turns, because each has to wait for
-// itself; the loops are unrolled, or the sums would be kept in memory.
-template <class W, int G, int T>
-inline void add_block(const uint8_t* const (&w)[G], const uint8_t* const (&x)[T], const XBlock& at,
-                      typename W::Sum (&sums)[G][T]) {
+// Adds up the products of group `N` of step J once its codes are in the sums.
+template <class W, int J, int N, int G, int T>
+QQ_INLINE void fold_group(const uint8_t* const (&w)[G], int c, typename W::Sum (&sums)[G][T]) {
+    for (int g = 0; g < G; ++g) {
+        if constexpr (W::kScaled) {
+            const LaneScales scale = lane_scales(W::template scale<J>(w[g], c, N));
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) sums[g][t].fold(scale);
+        } else {
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) sums[g][t].fold(NoScale());
+        }
+    }
+}
+
+// The products of step J in chunk c, the b-th 32 weights of the row, [G groups of rows][T tokens]. Tokens take turns,
+// because each sum has to wait for itself.
+template <class W, int J, int G, int T>
+QQ_INLINE void add_codes(const uint8_t* const (&w)[G], const uint8_t* const (&x)[T], const Q8Row& at, int c,
+                         int64_t b, typename W::Sum (&sums)[G][T]) {
+    constexpr int kGroupWords = W::kGroup / 4;
+    constexpr int kFold = W::Sum::kFit < kGroupWords ? W::Sum::kFit : kGroupWords;
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-        for (int g = 0; g < G; ++g) sums[g][t].begin(W::start(x[t], at));
+        for (int g = 0; g < G; ++g) sums[g][t].begin(W::start(x[t], at, b));
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        LaneInts a[G], b[G];
-        for (int g = 0; g < G; ++g) W::load(w[g], i, a[g], b[g]);
+    unrolled<4>([&](auto pair) QQ_LAMBDA_INLINE {
+        constexpr int I = decltype(pair)::value;
+        LaneInts codes[2][G];
+        for (int g = 0; g < G; ++g) W::template codes<J, I>(w[g] + W::kWords, c, codes[0][g], codes[1][g]);
+        unrolled<2>([&](auto side) QQ_LAMBDA_INLINE {
+            constexpr int kSide = decltype(side)::value, kDone = 2 * I + kSide + 1;
+            constexpr int kWord = kSide ? W::second(I) : W::first(I);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                const LaneInts four = four_of_x(x[t] + b * kBlock + 4 * kWord);
+                for (int g = 0; g < G; ++g) sums[g][t].add(codes[kSide][g], four);
+            }
+            if constexpr (kDone % kFold == 0) fold_group<W, J, (kDone - 1) / kGroupWords>(w, c, sums);
+        });
+    });
+}
+
+// Adds the minima of step J times the sums of x.
+template <class W, int J, int I, int G, int T>
+QQ_INLINE void add_minimum(const uint8_t* const (&w)[G], const uint8_t* const (&x)[T], const Q8Row& at, int c,
+                           int64_t b, LaneFloats (&acc)[G][T]) {
+    const int64_t sum = W::kMinima == 2 ? at.scaled_half_sums + 8 * b + 4 * I : at.scaled_sums + 4 * b;
+    for (int g = 0; g < G; ++g) {
+        const LaneFloats minimum = W::template minimum<J>(w[g], c, I);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
-            const LaneInts four = four_of_x(x[t] + at.codes + 4 * W::first(i));
-            for (int g = 0; g < G; ++g) sums[g][t].add(a[g], four);
-        }
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
-            const LaneInts four = four_of_x(x[t] + at.codes + 4 * W::second(i));
-            for (int g = 0; g < G; ++g) sums[g][t].add(b[g], four);
+            acc[g][t] = multiply_add(minimum, lanes_of(LoadF32::load1(x[t] + sum)), acc[g][t]);
         }
     }
+}
+
+template <class W, int J, int G, int T>
+QQ_INLINE void add_step(const uint8_t* const (&w)[G], const uint8_t* const (&x)[T], const Q8Row& at, int c, int64_t b,
+                        LaneFloats (&acc)[G][T]) {
+    typename W::Sum sums[G][T];
+    add_codes<W, J>(w, x, at, c, b, sums);
+    for (int g = 0; g < G; ++g) {
+        const LaneFloats d = W::half(w[g], 0);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            const LaneFloats scale = multiply(d, lanes_of(LoadF32::load1(x[t] + at.scales + 4 * b)));
+            acc[g][t] = multiply_add(sums[g][t].total(W::start(x[t], at, b)), scale, acc[g][t]);
+        }
+    }
+    if constexpr (W::kMinima > 0) add_minimum<W, J, 0>(w, x, at, c, b, acc);
+    if constexpr (W::kMinima > 1) add_minimum<W, J, 1>(w, x, at, c, b, acc);
 }
 
 inline void store_rows(const MatmulArgs& a, int64_t r, int64_t t, LaneFloats values) {
@@ -81,7 +110,9 @@ inline void store_rows(const MatmulArgs& a, int64_t r, int64_t t, LaneFloats val
 template <class W, int G, int T>
 inline void packed_tile(const MatmulArgs& a, int64_t r0, int64_t t0) {
     constexpr int kAhead = 4096;  // bytes of weights asked for early
-    const int64_t n_blocks = a.k / kBlock;
+    constexpr int kChunkBytes = W::kBytes / W::kChunks;
+    const int64_t n_steps = a.k / kBlock;
+    const Q8Row at = q8_row(a.k);
     const uint8_t* w[G];
     const uint8_t* x[T];
     LaneFloats acc[G][T];
@@ -91,29 +122,19 @@ inline void packed_tile(const MatmulArgs& a, int64_t r0, int64_t t0) {
         x[t] = a.x + (t0 + t) * a.x_row_bytes;
         for (int g = 0; g < G; ++g) acc[g][t] = lanes_of(0.0f);
     }
-    XBlock at(a.k);
-    for (int64_t b = 0; b < n_blocks; ++b, at.next()) {
-        for (int g = 0; g < G; ++g) {
-            for (int i = 0; i < W::kBytes; i += 64) {
-                _mm_prefetch(reinterpret_cast<const char*>(w[g]) + kAhead + i, _MM_HINT_T0);
-            }
-        }
-        typename W::Sum sums[G][T];
-        add_block<W>(w, x, at, sums);
-        for (int g = 0; g < G; ++g) {
-            const LaneFloats scale = load_lane_halves(w[g]);
-            const LaneFloats minimum = W::kHasMinimum ? load_lane_halves(w[g] + 2 * kLanes) : scale;
-#pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) {
-                const LaneFloats dot = to_floats(sums[g][t].finish(W::start(x[t], at)));
-                acc[g][t] = multiply_add(dot, multiply(scale, lanes_of(LoadF32::load1(x[t] + at.scale))), acc[g][t]);
-                if (W::kHasMinimum) {
-                    const LaneFloats sum = lanes_of(LoadF32::load1(x[t] + at.scaled_sum));
-                    acc[g][t] = multiply_add(minimum, sum, acc[g][t]);
+    for (int64_t b = 0; b < n_steps;) {
+        for (int c = 0; c < W::kChunks; ++c, b += W::kSteps) {
+            for (int g = 0; g < G; ++g) {
+                for (int i = 0; i < kChunkBytes; i += 64) {
+                    _mm_prefetch(reinterpret_cast<const char*>(w[g]) + kAhead + c * kChunkBytes + i, _MM_HINT_T0);
                 }
             }
-            w[g] += W::kBytes;
+            unrolled<W::kSteps>([&](auto step) QQ_LAMBDA_INLINE {
+                constexpr int J = decltype(step)::value;
+                add_step<W, J>(w, x, at, c, b + J, acc);
+            });
         }
+        for (int g = 0; g < G; ++g) w[g] += W::kBytes;
     }
     for (int t = 0; t < T; ++t) {
         for (int g = 0; g < G; ++g) store_rows(a, r0 + g * kLanes, t0 + t, acc[g][t]);
@@ -123,18 +144,22 @@ inline void packed_tile(const MatmulArgs& a, int64_t r0, int64_t t0) {
 // Rows [r0, r1) and the tokens from t0 on, T at a time, then what is left in smaller tiles.
 template <class W, int T>
 inline void packed_rows(const MatmulArgs& a, int64_t r0, int64_t r1, int64_t t0) {
-    constexpr int64_t kTile = kGroupTile * kLanes;
     for (; t0 + T <= a.n_tokens; t0 += T) {
-        int64_t r = r0;
-        for (; r + kTile <= r1; r += kTile) packed_tile<W, kGroupTile, T>(a, r, t0);
-        for (; r < r1; r += kLanes) packed_tile<W, 1, T>(a, r, t0);
+        for (int64_t r = r0; r < r1; r += kGroupTile * kLanes) packed_tile<W, kGroupTile, T>(a, r, t0);
     }
     if constexpr (T > 1) packed_rows<W, T / 2>(a, r0, r1, t0);
 }
 
 template <class W>
 void matmul_packed(const MatmulArgs& a) {
-    for_each_part(a, kLanes, [&](int64_t r0, int64_t r1) { packed_rows<W, kPackedTokens>(a, r0, r1, 0); });
+    constexpr int64_t kTile = kGroupTile * kLanes;
+    MatmulArgs whole = a;
+    whole.n_rows = a.n_rows / kTile * kTile;
+    for_each_part(whole, kTile, [&](int64_t r0, int64_t r1) { packed_rows<W, kPackedTokens>(a, r0, r1, 0); });
+    // Groups that fill no tile are at most one tile less a row: not worth code of their own for several tokens.
+    for (int64_t t = 0; t < a.n_tokens; ++t) {
+        for (int64_t r = whole.n_rows; r < a.n_rows; r += kLanes) packed_tile<W, 1, 1>(a, r, t);
+    }
 }
 
 }  // namespace

@@ -27,6 +27,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 
+from qwen_quant.grids.gguf import GRIDS, gguf_grid
+
 N_VOCAB = 96
 
 # Qwen 1 is a Qwen2 whose key/value heads are not shared; the two differ in how a file stores them.
@@ -181,27 +183,41 @@ def write_rope_scaling(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
         writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
 
 
+def stored_and_decoded(values: np.ndarray, tensor_type: str) -> tuple[np.ndarray, np.ndarray]:
+    """Values [..., K] as a file stores them, and what the gguf package reads from that."""
+    quantization = gguf.GGMLQuantizationType[tensor_type]
+    if tensor_type in GRIDS:
+        grid, rows = gguf_grid(tensor_type), values.reshape(-1, values.shape[-1])
+        stored = grid.pack(grid.plain_rounding(rows)).reshape(*values.shape[:-1], -1)
+    else:
+        stored = gguf.quants.quantize(values, quantization)
+    return stored, np.array(gguf.quants.dequantize(stored, quantization)).reshape(values.shape)
+
+
 def write_model(
-    path: Path, architecture: str, tensor_type: str, rope: dict[str, Any], changes: dict[str, Any]
+    path: Path,
+    architecture: str,
+    tensor_type: str,
+    rope: dict[str, Any],
+    types: dict[str, str],
+    changes: dict[str, Any],
 ) -> TinyModel:
     parameters = {"rope_type": "default", "rope_theta": 10000.0, **rope}
     model = build_reference(architecture, 5, {"rope_parameters": parameters, **changes})
     writer = gguf.GGUFWriter(path, architecture)
     write_header(writer, architecture, model)
     write_rope_scaling(writer, rope)
-    quantization = gguf.GGMLQuantizationType[tensor_type]
     with torch.no_grad():
         for name, parts in stored_tensors(architecture, model):
             values = torch.cat(parts).numpy()
             if values.ndim == 1 or "ffn_gate_inp" in name:
                 writer.add_tensor(name, values)
                 continue
-            stored = gguf.quants.quantize(values, quantization)
-            writer.add_tensor(name, stored, raw_dtype=quantization)
-            decoded = torch.from_numpy(
-                np.array(gguf.quants.dequantize(stored, quantization)).reshape(values.shape)
-            )
-            for part, new in zip(parts, decoded.split([len(part) for part in parts]), strict=True):
+            chosen = next((own for part, own in types.items() if part in name), tensor_type)
+            stored, decoded = stored_and_decoded(values, chosen)
+            writer.add_tensor(name, stored, raw_dtype=gguf.GGMLQuantizationType[chosen])
+            pieces = torch.from_numpy(decoded).split([len(part) for part in parts])
+            for part, new in zip(parts, pieces, strict=True):
                 part.copy_(new)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -214,7 +230,8 @@ def write_model(
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
     """tiny_model(architecture, type, tied=..., head_dim=..., rope=..., other config fields), each made once.
 
-    `rope` holds transformers' rope parameters beyond the base; head_dim is for Qwen3, Qwen 1 is never tied.
+    `rope` holds transformers' rope parameters beyond the base; head_dim is for Qwen3, Qwen 1 is never tied. `types`
+    gives other types to tensors by parts of their names.
     """
     folder = tmp_path_factory.mktemp("tiny")
     made: dict[tuple[object, ...], TinyModel] = {}
@@ -226,15 +243,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyMo
         tied: bool = True,
         head_dim: int = 32,
         rope: dict[str, Any] | None = None,
+        types: dict[str, str] | None = None,
         **changes: Any,
     ) -> TinyModel:
-        key = (architecture, tensor_type, tied, head_dim, *(rope or {}).items(), *changes.items())
+        rope, types = rope or {}, types or {}
+        key = (architecture, tensor_type, tied, head_dim, *rope.items(), *types.items(), *changes.items())
         if key not in made:
             path = folder / f"{len(made)}-{architecture}-{tensor_type}.gguf"
             changes["tie_word_embeddings"] = tied and architecture != "qwen"
             if architecture.startswith("qwen3"):
                 changes["head_dim"] = head_dim
-            made[key] = write_model(path, architecture, tensor_type, rope or {}, changes)
+            made[key] = write_model(path, architecture, tensor_type, rope, types, changes)
         return made[key]
 
     return get

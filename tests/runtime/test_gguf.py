@@ -175,11 +175,11 @@ def test_tensors_of_every_type(tiny_model: TinyModels) -> None:
 
 
 def test_tensors_that_cannot_be_read(tmp_path: Path) -> None:
-    path = tmp_path / "q4k.gguf"
-    path.write_bytes((header(n_tensors=1) + tensor(b"t", [256], 12)).ljust(64, b"\0") + bytes(160))
+    path = tmp_path / "iq3s.gguf"
+    path.write_bytes((header(n_tensors=1) + tensor(b"t", [256], 21)).ljust(64, b"\0") + bytes(160))
     file = GGUFFile(path)
-    assert file.tensors["t"].type == "Q4_K"
-    with pytest.raises(FormatError, match="cannot decode Q4_K"):
+    assert file.tensors["t"].type == "IQ3_S"
+    with pytest.raises(FormatError, match="cannot decode IQ3_S"):
         file.read_tensor("t")
     with pytest.raises(FormatError, match="'u': missing"):
         file.read_tensor("u")

@@ -5,25 +5,59 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwen_quant import _core
 from qwen_quant.errors import QwenQuantError
+from qwen_quant.grids.gguf import GRIDS, gguf_grid
 
 ISAS = _core.cpu_isas()
 TYPES = _core.matmul_types()
-INT8_TYPES = ["Q8_0", "Q4_0", "Q4_1"]
+FLOATS = ["F32", "F16", "BF16"]
+INT8_TYPES = list(GRIDS)
 PACKED = [(isa, tensor_type) for isa in ISAS for tensor_type in _core.packed_types(isa)]
 
 each_isa = pytest.mark.parametrize("isa", ISAS)
 each_type = pytest.mark.parametrize("tensor_type", TYPES)
 
 
+def block_size(tensor_type: str) -> int:
+    """Weights in a block."""
+    return int(gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor_type]][0])
+
+
+def decoded_by_gguf(tensor_type: str, stored: np.ndarray) -> np.ndarray:
+    values = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[tensor_type])
+    return np.asarray(values, dtype=np.float32)
+
+
 def quantized(tensor_type: str, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Stored bytes and decoded weights of w [N, K], both by the gguf package."""
-    quantization = gguf.GGMLQuantizationType[tensor_type]
-    stored = np.ascontiguousarray(gguf.quants.quantize(w, quantization))
-    decoded = gguf.quants.dequantize(stored, quantization).reshape(w.shape).astype(np.float32)
-    return stored.view(np.uint8).reshape(-1), decoded
+    """Stored bytes and decoded weights of w [N, K], decoded by the gguf package."""
+    if tensor_type in FLOATS:
+        stored = gguf.quants.quantize(w, gguf.GGMLQuantizationType[tensor_type])
+    else:
+        grid = gguf_grid(tensor_type)
+        stored = grid.pack(grid.plain_rounding(w))
+    stored = np.ascontiguousarray(stored)
+    return stored.view(np.uint8).reshape(-1), decoded_by_gguf(tensor_type, stored).reshape(w.shape)
+
+
+# Where a block holds 16-bit floats.
+HALVES = {
+    "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108],
+    "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0],
+}  # fmt: skip
+
+
+def any_bytes(tensor_type: str, n_blocks: int, seed: int) -> np.ndarray:
+    """Blocks [n_blocks, bytes] of every code and every scale, with 16-bit floats that are finite, and some tiny."""
+    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor_type]][1]
+    stored = np.random.default_rng(seed).integers(0, 256, (n_blocks, size)).astype(np.uint8)
+    for at in HALVES[tensor_type]:
+        stored[:, at + 1] &= 0xBF  # below 2
+        stored[: n_blocks // 5, at + 1] &= 0x80
+    return stored
 
 
 def activations_as_int8(x: np.ndarray) -> np.ndarray:
@@ -37,14 +71,15 @@ def activations_as_int8(x: np.ndarray) -> np.ndarray:
 
 def test_scalar_is_always_there() -> None:
     assert ISAS[0] == "scalar"
-    assert set(TYPES) == {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"}
+    assert set(TYPES) == {*FLOATS, *INT8_TYPES}
 
 
 @each_isa
 @each_type
 def test_decoding_is_exact(tensor_type: str, isa: str) -> None:
     rng = np.random.default_rng(0)
-    stored, decoded = quantized(tensor_type, rng.standard_normal((7, 96)).astype(np.float32))
+    k = 3 * max(block_size(tensor_type), 32)
+    stored, decoded = quantized(tensor_type, rng.standard_normal((7, k)).astype(np.float32))
     ours = _core.dequantize(tensor_type, stored, decoded.size, isa)
     np.testing.assert_array_equal(ours.reshape(decoded.shape), decoded)
 
@@ -53,17 +88,9 @@ def test_decoding_is_exact(tensor_type: str, isa: str) -> None:
 @pytest.mark.parametrize("tensor_type", INT8_TYPES)
 def test_decoding_any_bytes(tensor_type: str, isa: str) -> None:
     """Codes that our quantizers do not write, -128 among them, and subnormal scales."""
-    quantization = gguf.GGMLQuantizationType[tensor_type]
-    size = gguf.GGML_QUANT_SIZES[quantization][1]
-    stored = np.random.default_rng(1).integers(0, 256, (40, size)).astype(np.uint8)
-    stored[:, 1] &= 0x3F
-    stored[:8, 1] = 0
-    if tensor_type == "Q4_1":
-        stored[:, 3] &= 0x3F
-    decoded = gguf.quants.dequantize(stored, quantization)
-    np.testing.assert_array_equal(
-        _core.dequantize(tensor_type, stored.reshape(-1), decoded.size, isa), decoded.reshape(-1)
-    )
+    stored = any_bytes(tensor_type, 40, 1)
+    decoded = decoded_by_gguf(tensor_type, stored).reshape(-1)
+    np.testing.assert_array_equal(_core.dequantize(tensor_type, stored.reshape(-1), decoded.size, isa), decoded)
 
 
 @each_isa
@@ -71,6 +98,7 @@ def test_decoding_any_bytes(tensor_type: str, isa: str) -> None:
 @pytest.mark.parametrize(("n_rows", "k", "n_tokens"), [(1, 32, 1), (9, 96, 1), (11, 160, 6), (8, 512, 13)])
 def test_matmul(tensor_type: str, isa: str, n_rows: int, k: int, n_tokens: int) -> None:
     rng = np.random.default_rng(n_rows)
+    k *= max(block_size(tensor_type) // 32, 1)
     w = rng.standard_normal((n_rows, k)).astype(np.float32)
     x = rng.standard_normal((n_tokens, k)).astype(np.float32)
     stored, decoded = quantized(tensor_type, w)
@@ -80,20 +108,35 @@ def test_matmul(tensor_type: str, isa: str, n_rows: int, k: int, n_tokens: int) 
     np.testing.assert_allclose(y, expected, atol=2e-6 * k**0.5 * 4, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("isa", "tensor_type"), PACKED)
+def product(tensor_type: str, stored: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights of any bytes [N, B, bytes] times x [T, K] rounded to int8, in float64: the product and the sum of its
+    terms' magnitudes, both [T, N]."""
+    w = decoded_by_gguf(tensor_type, stored).reshape(len(stored), -1).astype(np.float64)
+    seen = activations_as_int8(x).astype(np.float64)
+    return seen @ w.T, np.abs(seen) @ np.abs(w).T
+
+
 @pytest.mark.parametrize(
-    ("n_rows", "k", "n_tokens"), [(1, 32, 1), (8, 96, 3), (17, 160, 7), (40, 64, 1), (48, 512, 25)]
+    ("isa", "tensor_type", "packed"),
+    [(isa, t, False) for isa in ISAS for t in INT8_TYPES] + [(isa, t, True) for isa, t in PACKED],
 )
-def test_packed_rows(tensor_type: str, isa: str, n_rows: int, k: int, n_tokens: int) -> None:
-    """The same as from stored rows but for the order of the sum, and the same for any number of tokens."""
-    rng = np.random.default_rng(n_rows)
-    stored, _ = quantized(tensor_type, rng.standard_normal((n_rows, k)).astype(np.float32))
-    x = rng.standard_normal((n_tokens, k)).astype(np.float32)
-    y = _core.matmul(tensor_type, stored, n_rows, x, isa, packed=True)
-    expected = _core.matmul(tensor_type, stored, n_rows, x, "scalar")
-    np.testing.assert_allclose(y, expected, atol=2e-6 * k**0.5 * 4, rtol=1e-5)
-    for t in range(n_tokens):
-        alone = _core.matmul(tensor_type, stored, n_rows, x[t : t + 1], isa, packed=True)
+@settings(max_examples=12, deadline=None)
+@given(
+    n_rows=st.integers(1, 50), n_blocks=st.integers(1, 5), n_tokens=st.integers(1, 27), seed=st.integers(0, 999)
+)
+def test_any_weights_times_int8(
+    tensor_type: str, isa: str, packed: bool, n_rows: int, n_blocks: int, n_tokens: int, seed: int
+) -> None:
+    """Any codes and scales, as packed rows and as stored; each token's product is the same whatever is beside it."""
+    stored = any_bytes(tensor_type, n_rows * n_blocks, seed)
+    k = n_blocks * block_size(tensor_type)
+    x = np.random.default_rng(seed).standard_normal((n_tokens, k)).astype(np.float32)
+    expected, magnitude = product(tensor_type, stored.reshape(n_rows, n_blocks, -1), x)
+    y = _core.matmul(tensor_type, stored.reshape(-1), n_rows, x, isa, packed=packed)
+    # Offsets are taken off after the product with unsigned codes, whose terms are up to three times as large.
+    assert (np.abs(y - expected) <= 3e-6 * magnitude + 1e-6).all()
+    for t in {0, n_tokens // 2, n_tokens - 1}:
+        alone = _core.matmul(tensor_type, stored.reshape(-1), n_rows, x[t : t + 1], isa, packed=packed)
         np.testing.assert_array_equal(alone[0], y[t])
 
 
@@ -103,23 +146,24 @@ def test_packed_rows(tensor_type: str, isa: str, n_rows: int, k: int, n_tokens: 
 )
 def test_matmul_with_the_largest_codes(tensor_type: str, isa: str, packed: bool) -> None:
     """Sums of products must not saturate."""
-    n_blocks = 4
     scale = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
     for code in (0x80, 0x7F, 0xFF, 0x00):
-        body = {"Q8_0": 32, "Q4_0": 16, "Q4_1": 16}[tensor_type]
-        head = [scale, scale] if tensor_type == "Q4_1" else [scale]
-        block = np.concatenate([*head, np.full(body, code, np.uint8)])
-        stored = np.tile(block, n_blocks)
-        decoded = gguf.quants.dequantize(stored, gguf.GGMLQuantizationType[tensor_type]).reshape(-1)
+        block = np.full(any_bytes(tensor_type, 1, 0).shape[1], code, np.uint8)
+        for at in HALVES[tensor_type]:
+            block[at : at + 2] = scale
+        stored = np.tile(block, 4)
+        decoded = decoded_by_gguf(tensor_type, stored.reshape(4, -1)).reshape(-1).astype(np.float64)
         for sign in (1.0, -1.0):
-            x = np.full((1, 32 * n_blocks), sign, np.float32)
+            x = np.full((1, decoded.size), sign, np.float32)
             y = _core.matmul(tensor_type, stored, 1, x, isa, packed=packed)
-            np.testing.assert_allclose(y[0, 0], sign * decoded.astype(np.float64).sum(), rtol=1e-5)
+            np.testing.assert_allclose(
+                y[0, 0], sign * decoded.sum(), rtol=1e-5, atol=2e-6 * np.abs(decoded).sum()
+            )
 
 
 @each_isa
 @pytest.mark.parametrize("k", [5, 8, 19])
-@pytest.mark.parametrize("tensor_type", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("tensor_type", FLOATS)
 def test_rows_of_any_length(tensor_type: str, k: int, isa: str) -> None:
     rng = np.random.default_rng(k)
     stored, decoded = quantized(tensor_type, rng.standard_normal((3, k)).astype(np.float32))
@@ -191,7 +235,9 @@ def test_arguments_that_do_not_fit() -> None:
     with pytest.raises(QwenQuantError, match="weights do not fill"):
         _core.dequantize("Q4_0", data, 64)
     with pytest.raises(QwenQuantError, match="not supported"):
-        _core.dequantize("Q4_K", data, 256)
+        _core.dequantize("IQ3_S", data, 256)
+    with pytest.raises(QwenQuantError, match="not whole blocks"):
+        _core.matmul("Q4_K", np.zeros(144, np.uint8), 2, np.zeros((1, 128), np.float32))
     with pytest.raises(QwenQuantError, match="scalar has no packed Q4_0"):
         _core.matmul("Q4_0", data, 1, np.zeros((1, 32), np.float32), "scalar", packed=True)
     with pytest.raises(QwenQuantError, match="unknown tensor type"):

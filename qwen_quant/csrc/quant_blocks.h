@@ -1,0 +1,42 @@
+// Blocks of quantized weights outside the vector kernels: how each type stores them, and what they decode to.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace qq {
+
+constexpr int kLargestBlock = 256;
+constexpr int kSmallestGroup = 16;
+constexpr size_t kLargestWideBlock = 256;  // bytes
+
+// The levels that a 4-bit code of IQ4_NL and IQ4_XS names.
+constexpr int8_t kIq4Levels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
+// weight i = scale[i / group] * codes[i] + minimum[i / group]
+struct DecodedBlock {
+    int8_t codes[kLargestBlock];
+    float scale[kLargestBlock / kSmallestGroup];
+    float minimum[kLargestBlock / kSmallestGroup];
+};
+
+// A block is widened before kernels see it: 16-bit numbers first (d, then m or dmin), then the integers of its groups
+// as a byte each, then words of four bytes that hold codes, or bits of codes, as they are stored. Only a few bytes of
+// scales grow by that.
+struct BlockFormat {
+    int weights;
+    int group;  // weights that share a scale
+    int halves, bytes, words;
+    void (*widen)(const uint8_t* stored, uint8_t* wide);
+    void (*decode)(const uint8_t* wide, DecodedBlock& out);
+
+    size_t wide_bytes() const { return static_cast<size_t>(2 * halves + bytes + 4 * words); }
+};
+
+// nullptr for a type that is no block type, or one that the engine does not know.
+const BlockFormat* block_format(uint32_t type);
+
+// scale * code + minimum, rounded after each operation, so that decoded weights are the same numbers everywhere.
+void write_weights(const BlockFormat& format, const DecodedBlock& block, float* out);
+
+}  // namespace qq
