@@ -79,6 +79,10 @@ MinP = Annotated[
 Penalty = Annotated[
     float, typer.Option("--repetition-penalty", help="Above 1 makes seen tokens less likely.")
 ]
+KVCache = Annotated[
+    str | None,
+    typer.Option("--kv-cache", show_default="f16", help="Both cache types: f16, int8, int4 or auto."),
+]
 Seed = Annotated[
     int | None,
     typer.Option("--seed", show_default=False, help="Makes sampling repeatable; random by default."),
@@ -106,6 +110,9 @@ def command(
     seed: Seed = None,
     threads: options.Threads = None,
     isa: options.Isa = "auto",
+    cache_type_k: options.CacheTypeK = None,
+    cache_type_v: options.CacheTypeV = None,
+    kv_cache: KVCache = None,
     json: options.Json = False,
 ) -> None:
     """Generate text on the CPU from a GGUF file or a checkpoint; without a prompt, chat on the terminal."""
@@ -117,7 +124,13 @@ def command(
     request = read_request(
         prompt, file, messages, tools, system=system, raw=raw, thinking=thinking, json=json
     )
-    session = Session.open(find_file(model), n_threads=threads, isa=isa)
+    session = Session.open(
+        find_file(model),
+        n_threads=threads,
+        isa=isa,
+        cache_type_k=cache_type_k or kv_cache or "f16",
+        cache_type_v=cache_type_v or kv_cache or "f16",
+    )
     request.check(session.tokenizer)
     if request.interactive:
         chat(session, request, sampling, max_tokens)

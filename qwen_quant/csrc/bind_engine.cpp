@@ -50,15 +50,19 @@ FloatArray forward(Engine& engine, const Tokens& tokens, int64_t n_past, bool al
 void bind_engine(nb::module_& m) {
     nb::class_<Engine>(m, "Engine", "Runs the model of a GGUF file on the CPU.")
         .def("__init__",
-             [](Engine* self, std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx) {
-                 new (self) Engine(std::move(file), n_threads, isa, n_ctx);
+             [](Engine* self, std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx,
+                const std::string& cache_type_k, const std::string& cache_type_v) {
+                 new (self) Engine(std::move(file), n_threads, isa, n_ctx, cache_type_k, cache_type_v);
              },
-             nb::arg("file"), nb::arg("n_threads") = 0, nb::arg("isa") = "auto", nb::arg("n_ctx") = 0)
+             nb::arg("file"), nb::arg("n_threads") = 0, nb::arg("isa") = "auto", nb::arg("n_ctx") = 0,
+             nb::arg("cache_type_k") = "f16", nb::arg("cache_type_v") = "f16")
         .def("__init__",
-             [](Engine* self, nb::handle path, int n_threads, const std::string& isa, int64_t n_ctx) {
-                 new (self) Engine(std::make_shared<GgufFile>(file_path(path)), n_threads, isa, n_ctx);
+             [](Engine* self, nb::handle path, int n_threads, const std::string& isa, int64_t n_ctx,
+                const std::string& cache_type_k, const std::string& cache_type_v) {
+                 new (self) Engine(std::make_shared<GgufFile>(file_path(path)), n_threads, isa, n_ctx, cache_type_k, cache_type_v);
              },
-             nb::arg("path"), nb::arg("n_threads") = 0, nb::arg("isa") = "auto", nb::arg("n_ctx") = 0)
+             nb::arg("path"), nb::arg("n_threads") = 0, nb::arg("isa") = "auto", nb::arg("n_ctx") = 0,
+             nb::arg("cache_type_k") = "f16", nb::arg("cache_type_v") = "f16")
         .def("forward", &forward, nb::arg("tokens"), nb::arg("n_past"), nb::arg("all_logits") = false,
              "Appends tokens after the first n_past of the context; logits [V] of the last, or [T, V] of all.")
         .def("truncate", [](Engine& e, int64_t n_tokens) {
@@ -78,6 +82,7 @@ void bind_engine(nb::module_& m) {
         .def_prop_ro("n_threads", &Engine::n_threads)
         .def_prop_ro("weight_bytes", &Engine::weight_bytes)
         .def_prop_ro("kv_bytes", &Engine::kv_bytes)
+        .def_prop_ro("kv_bytes_per_token", &Engine::kv_bytes_per_token)
         .def_prop_ro("scratch_bytes", &Engine::scratch_bytes);
 }
 

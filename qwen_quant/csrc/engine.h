@@ -23,8 +23,9 @@ class Engine {
 public:
     static constexpr int64_t kChunk = 256;  // most tokens that one step takes
 
-    // n_threads 0: as many as the process may use. n_ctx 0: what the model was made for.
-    Engine(std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx);
+    // n_threads 0: as many as the process may use. n_ctx 0: what the model was made for. Cache types as in kv_layout.h.
+    Engine(std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx,
+           const std::string& cache_type_k, const std::string& cache_type_v);
 
     // Held by the caller for a whole request: one call to begin and the steps that follow, or a reset or truncate.
     std::mutex& request() { return request_; }
@@ -44,6 +45,7 @@ public:
     int n_threads() const { return team_.size(); }
     size_t weight_bytes() const;
     size_t kv_bytes() const { return kv_.bytes(); }
+    double kv_bytes_per_token() const { return kv_.bytes_per_token(); }
     size_t scratch_bytes() const;
 
 private:
@@ -74,8 +76,8 @@ private:
         Activations gated;      // [n, the expert's intermediate]: what its down projection reads
     };
     static constexpr int64_t kRowUnit = 16;    // threads take whole groups of packed rows, whatever these have in lanes
-    static constexpr int64_t kKeyBlock = 64;   // cache positions per softmax block; divides a page
     static constexpr int64_t kTokenGroup = 4;  // tokens that share each read of a key and value
+    struct AttentionRows;
     struct Scratch {  // of one thread
         Buffer activations, int8, attention;
         Buffer choices, gated_int8;  // of a single token
@@ -93,14 +95,26 @@ private:
     void reserve_scratch(int64_t n_tokens);
     void reserve_expert_scratch(int64_t n_tokens);
     void extend_rope_tables(int64_t n_tokens);
+    void make_block_turns();
+    size_t attention_bytes() const;  // of one thread
 
     // What each thread runs.
     void walk(int id, const StepState& s);
     void embed(int id, const StepState& s);
     void project_qkv(int id, const StepState& s, int64_t layer);
     void finish_head(const StepState& s, int64_t layer, int64_t unit);
+    void store_key(int64_t layer, int64_t head, int64_t position, float* x);    // both leave x changed
+    void store_value(int64_t layer, int64_t head, int64_t position, float* x);
     void attend(int id, const StepState& s, int64_t layer);
     void attend_group(int id, const StepState& s, int64_t layer, int64_t kv_head, int64_t t0, int64_t t1);
+    void prepare_queries(int64_t layer, int64_t kv_head, int64_t n_rows, const AttentionRows& rows);
+    void score_block(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, int64_t n_rows,
+                     const AttentionRows& rows);
+    void add_values(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, int64_t n_rows,
+                    const AttentionRows& rows);
+    void finish_row(int64_t layer, int64_t kv_head, float* out);
+    void turn_centre(const KvHalf& keys, int64_t head, int64_t block, float* out) const;
+    static void multiply_by(float* x, const float* factors, int64_t n);
     void project_residual(int id, const StepState& s, const Matrix& weight, float* source);
     void feed_forward(int id, const StepState& s, int64_t layer);
     void feed_forward_experts(int id, const StepState& s, int64_t layer);
@@ -135,6 +149,7 @@ private:
     std::vector<Scratch> scratch_;
     std::vector<float> rope_frequencies_;     // radians per position [head_dim / 2]
     std::vector<float> rope_cos_, rope_sin_;  // [positions, head_dim / 2]
+    std::vector<float> block_cos_, block_sin_;  // [head_dim / 2, kKvBlock]
     std::atomic<int64_t> not_finite_{-1};     // first layer that saw something not finite, n_layers for the output
     std::mutex request_;
 };
