@@ -31,6 +31,18 @@ def command(
     max_windows: Annotated[
         int | None, typer.Option("--max-windows", show_default=False, help="Stop after this many windows.")
     ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-cache",
+            show_default=False,
+            help="What MODEL's keys and values are stored as: f16, int8, int4 or auto; for a checkpoint folder also "
+            "kivi4, qwen1 or a file of `qwen-quant kv`.",
+        ),
+    ] = None,
+    needle: Annotated[
+        bool, typer.Option("--needle", help="Also measure whether a passage is found again at depth.")
+    ] = False,
     threads: options.Threads = None,
     isa: options.Isa = "auto",
     json: options.Json = False,
@@ -39,7 +51,15 @@ def command(
     from qwen_quant.evaluate.report import HELD_OUT, evaluate
 
     result = evaluate(
-        model, reference, data or HELD_OUT, ctx=ctx, max_windows=max_windows, n_threads=threads, isa=isa
+        model,
+        reference,
+        data or HELD_OUT,
+        ctx=ctx,
+        max_windows=max_windows,
+        n_threads=threads,
+        isa=isa,
+        kv_cache=kv_cache,
+        needle=needle,
     )
     if json:
         from qwen_quant.cli.output import print_json

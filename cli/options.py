@@ -35,6 +35,32 @@ GroupSize = Annotated[
     typer.Option("--group-size", help="Columns that share a scale: 32, 64, 128, or -1 for whole rows."),
 ]
 Sym = Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid, or one with a zero point.")]
+CacheTypeK = Annotated[
+    str | None,
+    typer.Option(
+        "--cache-type-k", "-ctk", show_default="f16", help="How keys are cached: f16, int8, int4 or auto."
+    ),
+]
+CacheTypeV = Annotated[
+    str | None,
+    typer.Option("--cache-type-v", "-ctv", show_default="f16", help="How values are cached: as keys."),
+]
+StoredKVCache = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-cache",
+        show_default=False,
+        help="Also calibrate the KV cache and store its layout: int8, int4, auto (mixed by measured loss), "
+        "or a file of `qwen-quant kv`.",
+    ),
+]
+KVBitsBudget = Annotated[
+    float,
+    typer.Option(
+        "--kv-bits-budget", help="Mean bits per cached number that --kv-cache auto may use, scales included."
+    ),
+]
+
 NoCalibration = Annotated[
     bool, typer.Option("--no-calibration", help="Round to nearest on the same grid instead of GPTQ.")
 ]

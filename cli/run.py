@@ -80,6 +80,10 @@ MinP = Annotated[
 Penalty = Annotated[
     float, typer.Option("--repetition-penalty", help="Above 1 makes seen tokens less likely.")
 ]
+KVCache = Annotated[
+    str | None,
+    typer.Option("--kv-cache", show_default="f16", help="Both cache types: f16, int8, int4 or auto."),
+]
 Seed = Annotated[
     int | None,
     typer.Option("--seed", show_default=False, help="Makes sampling repeatable; random by default."),
@@ -141,6 +145,9 @@ def command(
     prompt_cache: PromptCache = None,
     threads: options.Threads = None,
     isa: options.Isa = "auto",
+    cache_type_k: options.CacheTypeK = None,
+    cache_type_v: options.CacheTypeV = None,
+    kv_cache: KVCache = None,
     json: options.Json = False,
 ) -> None:
     """Generate text on the CPU from a GGUF file or a checkpoint; without a prompt, chat on the terminal."""
@@ -152,7 +159,14 @@ def command(
     request = read_request(
         prompt, file, messages, tools, system=system, raw=raw, thinking=thinking, json=json
     )
-    session = Session.open(find_file(model), n_threads=threads, isa=isa, n_ctx=ctx_size)
+    session = Session.open(
+        find_file(model),
+        n_threads=threads,
+        isa=isa,
+        n_ctx=ctx_size,
+        cache_type_k=cache_type_k or kv_cache or "f16",
+        cache_type_v=cache_type_v or kv_cache or "f16",
+    )
     session.draft_max = draft_max if lookup else 0
     request.check(session.tokenizer)
     save = kept_prompt(session, prompt_cache) if prompt_cache else None

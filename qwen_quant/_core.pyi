@@ -31,9 +31,25 @@ class Engine:
     """Runs the model of a GGUF file on the CPU."""
 
     @overload
-    def __init__(self, file: GGUF, n_threads: int = 0, isa: str = "auto", n_ctx: int = 0) -> None: ...
+    def __init__(
+        self,
+        file: GGUF,
+        n_threads: int = 0,
+        isa: str = "auto",
+        n_ctx: int = 0,
+        cache_type_k: str = "f16",
+        cache_type_v: str = "f16",
+    ) -> None: ...
     @overload
-    def __init__(self, path: Path, n_threads: int = 0, isa: str = "auto", n_ctx: int = 0) -> None: ...
+    def __init__(
+        self,
+        path: Path,
+        n_threads: int = 0,
+        isa: str = "auto",
+        n_ctx: int = 0,
+        cache_type_k: str = "f16",
+        cache_type_v: str = "f16",
+    ) -> None: ...
     def forward(self, tokens: npt.NDArray[np.int32], n_past: int, all_logits: bool = False) -> Floats: ...
     def truncate(self, n_tokens: int) -> None: ...
     def reset(self) -> None: ...
@@ -62,7 +78,7 @@ class Engine:
     @property
     def kv_bytes(self) -> int: ...
     @property
-    def kv_bytes_per_token(self) -> int: ...
+    def kv_bytes_per_token(self) -> float: ...
     @property
     def scratch_bytes(self) -> int: ...
 

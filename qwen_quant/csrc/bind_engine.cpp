@@ -52,7 +52,7 @@ NewBytes read_kv(Engine& engine, int64_t layer, int64_t n_tokens) {
     if (layer < 0 || layer >= engine.config().n_layers || n_tokens < 0 || n_tokens > engine.n_past()) {
         throw RunError("layer " + std::to_string(layer) + " has no " + std::to_string(n_tokens) + " tokens");
     }
-    const size_t n_bytes = engine.kv_layer_bytes(n_tokens);
+    const size_t n_bytes = engine.kv_layer_bytes(layer, n_tokens);
     uint8_t* data = new uint8_t[n_bytes ? n_bytes : 1];
     const nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<uint8_t*>(p); });
     engine.read_kv(layer, n_tokens, data);
@@ -66,7 +66,7 @@ void restore_kv(Engine& engine, int64_t n_tokens, const nb::iterable& layers) {
     int64_t layer = 0;
     for (const nb::handle item : layers) {
         const Bytes data = nb::cast<Bytes>(item);
-        if (layer == engine.config().n_layers || data.shape(0) != engine.kv_layer_bytes(n_tokens)) {
+        if (layer == engine.config().n_layers || data.shape(0) != engine.kv_layer_bytes(layer, n_tokens)) {
             throw RunError("layer " + std::to_string(layer) + " has other sizes");
         }
         engine.restore_layer(layer++, n_tokens, data.data());
@@ -80,15 +80,19 @@ void restore_kv(Engine& engine, int64_t n_tokens, const nb::iterable& layers) {
 void bind_engine(nb::module_& m) {
     nb::class_<Engine>(m, "Engine", "Runs the model of a GGUF file on the CPU.")
         .def("__init__",
-             [](Engine* self, std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx) {
-                 new (self) Engine(std::move(file), n_threads, isa, n_ctx);
+             [](Engine* self, std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx,
+                const std::string& cache_type_k, const std::string& cache_type_v) {
+                 new (self) Engine(std::move(file), n_threads, isa, n_ctx, cache_type_k, cache_type_v);
              },
-             nb::arg("file"), nb::arg("n_threads") = 0, nb::arg("isa") = "auto", nb::arg("n_ctx") = 0)
+             nb::arg("file"), nb::arg("n_threads") = 0, nb::arg("isa") = "auto", nb::arg("n_ctx") = 0,
+             nb::arg("cache_type_k") = "f16", nb::arg("cache_type_v") = "f16")
         .def("__init__",
-             [](Engine* self, nb::handle path, int n_threads, const std::string& isa, int64_t n_ctx) {
-                 new (self) Engine(std::make_shared<GgufFile>(file_path(path)), n_threads, isa, n_ctx);
+             [](Engine* self, nb::handle path, int n_threads, const std::string& isa, int64_t n_ctx,
+                const std::string& cache_type_k, const std::string& cache_type_v) {
+                 new (self) Engine(std::make_shared<GgufFile>(file_path(path)), n_threads, isa, n_ctx, cache_type_k, cache_type_v);
              },
-             nb::arg("path"), nb::arg("n_threads") = 0, nb::arg("isa") = "auto", nb::arg("n_ctx") = 0)
+             nb::arg("path"), nb::arg("n_threads") = 0, nb::arg("isa") = "auto", nb::arg("n_ctx") = 0,
+             nb::arg("cache_type_k") = "f16", nb::arg("cache_type_v") = "f16")
         .def("forward", &forward, nb::arg("tokens"), nb::arg("n_past"), nb::arg("all_logits") = false,
              "Appends tokens after the first n_past of the context; logits [V] of the last, or [T, V] of all.")
         .def("truncate", [](Engine& e, int64_t n_tokens) {

@@ -45,16 +45,20 @@ int64_t gated_width(const ModelConfig& c) {
 
 }  // namespace
 
-Engine::Engine(std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx)
+Engine::Engine(std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx,
+               const std::string& cache_type_k, const std::string& cache_type_v)
     : file_(std::move(file)),
       kernels_(&kernels_or_fail(isa)),
       model_(load_model(*file_, *kernels_)),
       team_(thread_count(n_threads)),
-      kv_(model_.config.n_layers, model_.config.n_kv_heads, model_.config.head_dim),
+      kv_type_(cache_type_k == cache_type_v ? cache_type_k : cache_type_k + "/" + cache_type_v),
+      kv_(choose_kv_layout(*file_, model_, cache_type_k, cache_type_v), model_.config.n_kv_heads,
+          model_.config.head_dim),
       n_ctx_(context_or_fail(*file_, model_.config, n_ctx)),
       scratch_(static_cast<size_t>(team_.size())),
       rope_frequencies_(inverse_frequencies(model_.config.rope, model_.config.head_dim)) {
     packed_ = pack_weights(model_, *file_, *kernels_, team_);
+    make_block_turns();
 }
 
 size_t Engine::weight_bytes() const {
@@ -157,9 +161,7 @@ void Engine::reserve_scratch(int64_t n_tokens) {
     for (Scratch& s : scratch_) {
         s.activations = Buffer(width * sizeof(float));
         s.int8 = Buffer(q8_row_bytes(width));
-        // Per row of the softmax: query, sum of values, scores, and three running numbers.
-        const int64_t attention_rows = kTokenGroup * (c.n_heads / c.n_kv_heads);
-        s.attention = Buffer(static_cast<size_t>(attention_rows * (2 * c.head_dim + kKeyBlock + 3)) * sizeof(float));
+        s.attention = Buffer(attention_bytes());
     }
     if (c.experts.count > 0) reserve_expert_scratch(n_tokens);
     capacity_ = n_tokens;

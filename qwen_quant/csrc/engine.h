@@ -23,8 +23,10 @@ class Engine {
 public:
     static constexpr int64_t kChunk = 256;  // most tokens that one step takes
 
-    // n_threads 0: as many as are fastest, of the CPUs that the process may use. n_ctx 0: what the model was made for.
-    Engine(std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx);
+    // n_threads 0: as many as are fastest, of the CPUs that the process may use.
+    // n_ctx 0: what the model was made for. Cache types as in kv_layout.h.
+    Engine(std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx,
+           const std::string& cache_type_k, const std::string& cache_type_v);
 
     // Held by the caller for a whole request: one call to begin and the steps that follow, or a reset or truncate.
     std::mutex& request() { return request_; }
@@ -36,7 +38,7 @@ public:
     void truncate(int64_t n_tokens);  // forgets what lies beyond the first n_tokens of the context
     void reset();
     // The keys and values of the first n_tokens in one layer, as KvCache::layer_bytes describes them.
-    size_t kv_layer_bytes(int64_t n_tokens) const { return kv_.layer_bytes(n_tokens); }
+    size_t kv_layer_bytes(int64_t layer, int64_t n_tokens) const { return kv_.layer_bytes(layer, n_tokens); }
     void read_kv(int64_t layer, int64_t n_tokens, uint8_t* out) const { kv_.copy_out(layer, n_tokens, out); }
     // A context of n_tokens that comes from elsewhere, layer by layer; it is empty until the end.
     void begin_restore(int64_t n_tokens);
@@ -51,8 +53,8 @@ public:
     int n_threads() const { return team_.size(); }
     size_t weight_bytes() const;
     size_t kv_bytes() const { return kv_.bytes(); }
-    const char* kv_type() const { return KvCache::kType; }
-    size_t kv_bytes_per_token() const { return kv_.bytes_per_token(); }
+    const std::string& kv_type() const { return kv_type_; }
+    double kv_bytes_per_token() const { return kv_.bytes_per_token(); }
     size_t scratch_bytes() const;
 
 private:
@@ -83,8 +85,8 @@ private:
         Activations gated;      // [n, the expert's intermediate]: what its down projection reads
     };
     static constexpr int64_t kRowUnit = 16;    // threads take whole groups of packed rows, whatever these have in lanes
-    static constexpr int64_t kKeyBlock = 64;   // cache positions per softmax block; divides a page
     static constexpr int64_t kTokenGroup = 4;  // tokens that share each read of a key and value
+    struct AttentionRows;
     struct Scratch {  // of one thread
         Buffer activations, int8, attention;
         Buffer choices, gated_int8;  // of a single token
@@ -102,14 +104,26 @@ private:
     void reserve_scratch(int64_t n_tokens);
     void reserve_expert_scratch(int64_t n_tokens);
     void extend_rope_tables(int64_t n_tokens);
+    void make_block_turns();
+    size_t attention_bytes() const;  // of one thread
 
     // What each thread runs.
     void walk(int id, const StepState& s);
     void embed(int id, const StepState& s);
     void project_qkv(int id, const StepState& s, int64_t layer);
     void finish_head(const StepState& s, int64_t layer, int64_t unit);
+    void store_key(int64_t layer, int64_t head, int64_t position, float* x);    // both leave x changed
+    void store_value(int64_t layer, int64_t head, int64_t position, float* x);
     void attend(int id, const StepState& s, int64_t layer);
     void attend_group(int id, const StepState& s, int64_t layer, int64_t kv_head, int64_t t0, int64_t t1);
+    void prepare_queries(int64_t layer, int64_t kv_head, int64_t n_rows, const AttentionRows& rows);
+    void score_block(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, int64_t n_rows,
+                     const AttentionRows& rows);
+    void add_values(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, int64_t n_rows,
+                    const AttentionRows& rows);
+    void finish_row(int64_t layer, int64_t kv_head, float* out);
+    void turn_centre(const KvHalf& keys, int64_t head, int64_t block, float* out) const;
+    static void multiply_by(float* x, const float* factors, int64_t n);
     void project_residual(int id, const StepState& s, const Matrix& weight, float* source);
     void feed_forward(int id, const StepState& s, int64_t layer);
     void feed_forward_experts(int id, const StepState& s, int64_t layer);
@@ -133,6 +147,7 @@ private:
     Model model_;
     ThreadTeam team_;
     Buffer packed_;  // the weights that are not read from the mapping
+    std::string kv_type_;
     KvCache kv_;
     int64_t n_ctx_;
     int64_t n_past_ = 0;
@@ -144,6 +159,7 @@ private:
     std::vector<Scratch> scratch_;
     std::vector<float> rope_frequencies_;     // radians per position [head_dim / 2]
     std::vector<float> rope_cos_, rope_sin_;  // [positions, head_dim / 2]
+    std::vector<float> block_cos_, block_sin_;  // [head_dim / 2, kKvBlock]
     std::atomic<int64_t> not_finite_{-1};     // first layer that saw something not finite, n_layers for the output
     std::mutex request_;
 };

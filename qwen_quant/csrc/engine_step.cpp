@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <limits>
 
 #include "engine.h"
 #include "packed.h"
@@ -137,7 +136,7 @@ void Engine::finish_head(const StepState& s, int64_t index, int64_t unit) {
         float* x = qkv_.as<float>() + t * width + unit * dim;
         if (!bias.empty()) kernels_->add(x, bias.data() + head * dim, dim);
         if (is_v) {
-            kernels_->to_half(x, dim, kv_.value(index, head, position));
+            store_value(index, head, position, x);
             continue;
         }
         if (!norm.empty()) kernels_->rms_norm(x, norm.data(), dim, c.rms_eps, x);
@@ -145,57 +144,8 @@ void Engine::finish_head(const StepState& s, int64_t index, int64_t unit) {
         if (is_q) {
             for (int64_t i = 0; i < dim; ++i) x[i] *= scale;
         } else {
-            kernels_->to_half(x, dim, kv_.key(index, head, position));
+            store_key(index, head, position, x);
         }
-    }
-}
-
-void Engine::attend(int id, const StepState& s, int64_t layer) {
-    const ModelConfig& c = model_.config;
-    const int64_t groups = (s.n_tokens + kTokenGroup - 1) / kTokenGroup;
-    // Later tokens see more keys: taking every n-th group gives all threads the same mix.
-    for (int64_t item = id; item < groups * c.n_kv_heads; item += team_.size()) {
-        const int64_t t0 = item / c.n_kv_heads * kTokenGroup;
-        attend_group(id, s, layer, item % c.n_kv_heads, t0, std::min(t0 + kTokenGroup, s.n_tokens));
-    }
-}
-
-// Tokens [t0, t1), and all query heads that share one key/value head: rows (token, head) of an online softmax.
-void Engine::attend_group(int id, const StepState& s, int64_t layer, int64_t kv_head, int64_t t0, int64_t t1) {
-    const ModelConfig& c = model_.config;
-    const int64_t dim = c.head_dim, per_kv = c.n_heads / c.n_kv_heads, n_rows = (t1 - t0) * per_kv;
-    const int64_t width = (c.n_heads + 2 * c.n_kv_heads) * dim;
-    float* q = scratch_[id].attention.as<float>();
-    float* acc = q + n_rows * dim;
-    float* scores = acc + n_rows * dim;
-    float* top = scores + n_rows * kKeyBlock;
-    float* sum = top + n_rows;
-    float* rescale = sum + n_rows;
-
-    for (int64_t t = t0; t < t1; ++t) {
-        std::memcpy(q + (t - t0) * per_kv * dim, qkv_.as<float>() + t * width + kv_head * per_kv * dim,
-                    static_cast<size_t>(per_kv * dim) * sizeof(float));
-    }
-    std::fill(acc, acc + n_rows * dim, 0.0f);
-    std::fill(top, top + n_rows, -std::numeric_limits<float>::infinity());
-    std::fill(sum, sum + n_rows, 0.0f);
-
-    const int64_t end = s.first + t1;
-    for (int64_t begin = 0; begin < end; begin += kKeyBlock) {
-        const int64_t n = std::min(kKeyBlock, end - begin);
-        kernels_->attend_scores(q, n_rows, kv_.key(layer, kv_head, begin), n, dim, scores, kKeyBlock);
-        for (int64_t row = 0; row < n_rows; ++row) {
-            const int64_t visible = s.first + t0 + row / per_kv + 1;
-            const int64_t valid = std::clamp<int64_t>(visible - begin, 0, n);
-            rescale[row] = kernels_->softmax_block(scores + row * kKeyBlock, valid, n, top + row, sum + row);
-        }
-        kernels_->attend_values(scores, kKeyBlock, rescale, n_rows, kv_.value(layer, kv_head, begin), n, dim, acc);
-    }
-    for (int64_t row = 0; row < n_rows; ++row) {
-        const int64_t t = t0 + row / per_kv, head = kv_head * per_kv + row % per_kv;
-        float* out = attended_.as<float>() + (t * c.n_heads + head) * dim;
-        const float scale = 1.0f / sum[row];
-        for (int64_t i = 0; i < dim; ++i) out[i] = acc[row * dim + i] * scale;
     }
 }
 

@@ -60,6 +60,8 @@ public:
     bool get_bool(const std::string& key) const;
     double get_float(const std::string& key) const;
     std::string get_string(const std::string& key) const;
+    std::vector<float> get_floats(const std::string& key) const;   // an array of F32
+    std::vector<int32_t> get_ints(const std::string& key) const;  // an array of I32
 
     // Gives back the memory of the pages that lie wholly within [begin, begin + n) of the mapping. They can still be
     // read, and are then loaded again.

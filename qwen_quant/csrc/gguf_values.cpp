@@ -23,6 +23,17 @@ const GgufValue& required(const GgufFile& file, const std::string& key) {
     return *value;
 }
 
+template <class T>
+std::vector<T> array_of(const GgufFile& file, const std::string& key, uint32_t element_type, const char* kind) {
+    const GgufValue& value = required(file, key);
+    if (value.type != kArray || (value.element_type != element_type && value.count > 0)) {
+        file.fail("key '" + key + "'", std::string("not an array of ") + kind, kExportAgain);
+    }
+    std::vector<T> out(value.count);
+    if (value.count > 0) std::memcpy(out.data(), value.data, value.count * sizeof(T));
+    return out;
+}
+
 }  // namespace
 
 int64_t GgufFile::get_int(const std::string& key) const {
@@ -61,6 +72,14 @@ std::string GgufFile::get_string(const std::string& key) const {
     const GgufValue& value = required(*this, key);
     if (value.type != kString) fail("key '" + key + "'", "not a string", kExportAgain);
     return std::string(value.text);
+}
+
+std::vector<float> GgufFile::get_floats(const std::string& key) const {
+    return array_of<float>(*this, key, kF32Value, "F32");
+}
+
+std::vector<int32_t> GgufFile::get_ints(const std::string& key) const {
+    return array_of<int32_t>(*this, key, kI32, "I32");
 }
 
 }  // namespace qq

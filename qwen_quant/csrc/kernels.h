@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kv_block.h"
 #include "quant_types.h"
 
 namespace qq {
@@ -101,6 +102,12 @@ struct Kernels {
     // acc [n_q, dim] = acc * rescale[q] + probabilities [n_q, ld_p] @ values [n_keys, dim]
     void (*attend_values)(const float* probabilities, int64_t ld_p, const float* rescale, int64_t n_q,
                           const uint16_t* values, int64_t n_keys, int64_t dim, float* acc);
+
+    // The same over a quantized cache; see kv_block.h.
+    KvKernels kv[3];  // by KvType; none of kF16
+    void (*quantize_queries)(const float* q, int64_t n_q, int64_t dim, float middle, const KvQueries& out);
+    void (*hadamard)(float* x, int64_t n);
+    void (*add_turned)(const TurnedArgs& turned, int64_t n_q, float* scores, int64_t ld_scores);
 };
 
 const Kernels* scalar_kernels();

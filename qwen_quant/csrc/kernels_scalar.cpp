@@ -5,6 +5,7 @@
 #include "half.h"
 #include "kernels.h"
 #include "quant_blocks.h"
+#include "scalar_kv.h"
 
 namespace qq {
 
@@ -194,6 +195,11 @@ void attend_values(const float* probabilities, int64_t ld_p, const float* rescal
     }
 }
 
+template <KvType T>
+KvKernels kv_kernels() {
+    return {store_key<T>, store_value<T>, kv_scores<T>, kv_values<T>};
+}
+
 Kernels make_table() {
     Kernels k{};
     k.isa = "scalar";
@@ -222,6 +228,11 @@ Kernels make_table() {
     k.attend_scores = attend_scores;
     k.softmax_block = softmax_block;
     k.attend_values = attend_values;
+    k.kv[static_cast<int>(KvType::kInt8)] = kv_kernels<KvType::kInt8>();
+    k.kv[static_cast<int>(KvType::kInt4)] = kv_kernels<KvType::kInt4>();
+    k.quantize_queries = quantize_queries;
+    k.hadamard = hadamard;
+    k.add_turned = add_turned;
     return k;
 }
 

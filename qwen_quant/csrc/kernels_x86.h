@@ -6,6 +6,7 @@
 #include "x86_attention.h"
 #include "x86_elementwise.h"
 #include "x86_floats.h"
+#include "x86_kv.h"
 #include "x86_matmul.h"
 #include "x86_packed.h"
 
@@ -24,6 +25,11 @@ TypeKernels packed_only() {
     TypeKernels kernels = scalar_kernels()->types[Type];
     kernels.matmul_packed = matmul_packed<Packed>;
     return kernels;
+}
+
+template <KvType T>
+KvKernels kv_kernels() {
+    return {store_key<T>, store_value<T>, kv_scores<T>, kv_values<T>};
 }
 
 Kernels make_table() {
@@ -55,6 +61,11 @@ Kernels make_table() {
     k.attend_scores = attend_scores;
     k.softmax_block = softmax_block;
     k.attend_values = attend_values;
+    k.kv[static_cast<int>(KvType::kInt8)] = kv_kernels<KvType::kInt8>();
+    k.kv[static_cast<int>(KvType::kInt4)] = kv_kernels<KvType::kInt4>();
+    k.quantize_queries = quantize_queries;
+    k.hadamard = hadamard;
+    k.add_turned = add_turned;
     return k;
 }
 

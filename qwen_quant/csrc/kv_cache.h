@@ -1,5 +1,5 @@
-// Keys and values in FP16. It grows page by page, so growing never copies; a page of one layer holds
-// keys [n_kv_heads, kPage, head_dim] and then values of the same shape.
+// Keys and values. They grow page by page, so growing never copies; a page of one layer holds the keys of its heads and
+// then their values: in FP16 [kPage, head_dim] for each head, or quantized as kv_block.h says.
 #pragma once
 
 #include <algorithm>
@@ -8,80 +8,116 @@
 #include <vector>
 
 #include "buffer.h"
+#include "kv_block.h"
+#include "kv_layout.h"
 
 namespace qq {
 
 class KvCache {
 public:
-    static constexpr int64_t kPage = 256;
+    static constexpr int64_t kPage = kKvPage;
 
-    KvCache(int64_t n_layers, int64_t n_kv_heads, int64_t head_dim)
-        : n_kv_heads_(n_kv_heads), head_dim_(head_dim), layers_(static_cast<size_t>(n_layers)) {}
+    KvCache(std::vector<KvLayer> layout, int64_t n_kv_heads, int64_t head_dim)
+        : layout_(std::move(layout)), n_kv_heads_(n_kv_heads), head_dim_(head_dim), pages_(layout_.size()) {}
 
     void reserve(int64_t n_tokens) {
-        const size_t pages = static_cast<size_t>((n_tokens + kPage - 1) / kPage);
-        for (auto& layer : layers_) {
-            while (layer.size() < pages) layer.emplace_back(page_bytes());
+        const size_t count = static_cast<size_t>((n_tokens + kPage - 1) / kPage);
+        for (size_t layer = 0; layer < pages_.size(); ++layer) {
+            while (pages_[layer].size() < count) pages_[layer].emplace_back(page_bytes(layer));
         }
     }
 
     void clear() {
-        for (auto& layer : layers_) layer.clear();
+        for (auto& layer : pages_) layer.clear();
     }
 
-    // [head_dim] of one position; the positions up to the end of the page follow.
+    const KvLayer& layout(int64_t layer) const { return layout_[static_cast<size_t>(layer)]; }
+
+    // A head's keys (values) of the page that `position` lies in.
+    uint8_t* key_page(int64_t layer, int64_t head, int64_t position) const {
+        return pages_[layer][position / kPage].data() + static_cast<size_t>(head) * key_bytes(layer);
+    }
+    uint8_t* value_page(int64_t layer, int64_t head, int64_t position) const {
+        return pages_[layer][position / kPage].data() + static_cast<size_t>(n_kv_heads_) * key_bytes(layer) +
+               static_cast<size_t>(head) * value_bytes(layer);
+    }
+
+    // FP16 [head_dim] of one position; the positions up to the end of the page follow.
     uint16_t* key(int64_t layer, int64_t head, int64_t position) const {
-        return layers_[layer][position / kPage].as<uint16_t>() + (head * kPage + position % kPage) * head_dim_;
+        return reinterpret_cast<uint16_t*>(key_page(layer, head, position)) + position % kPage * head_dim_;
     }
     uint16_t* value(int64_t layer, int64_t head, int64_t position) const {
-        return key(layer, head, position) + n_kv_heads_ * kPage * head_dim_;
+        return reinterpret_cast<uint16_t*>(value_page(layer, head, position)) + position % kPage * head_dim_;
     }
 
-    static constexpr const char* kType = "f16";  // as the options and prompt cache files call it
+    // Quantized, the n positions from a multiple of kKvBlock on, all in one page.
+    KvTokens keys(int64_t layer, int64_t head, int64_t position, int64_t n) const {
+        return tokens(layout(layer).key.type, key_page(layer, head, position), position % kPage, n);
+    }
+    KvTokens values(int64_t layer, int64_t head, int64_t position, int64_t n) const {
+        return tokens(layout(layer).value.type, value_page(layer, head, position), position % kPage, n);
+    }
 
-    // The first n positions of one layer as one piece, without the pages: keys [n_kv_heads, n, head_dim], then values.
-    size_t layer_bytes(int64_t n) const { return static_cast<size_t>(2 * n_kv_heads_ * n * head_dim_) * sizeof(uint16_t); }
+    // The first n positions of one layer as one piece: all heads' keys, then their values; of a quantized page always all.
+    size_t layer_bytes(int64_t layer, int64_t n) const {
+        size_t total = 0;
+        for_each_run(layer, n, [&](uint8_t*, size_t bytes) { total += bytes; });
+        return total;
+    }
     void copy_out(int64_t layer, int64_t n, uint8_t* out) const {
-        for_each_run(layer, n, [&](uint16_t* run, size_t bytes) {
+        for_each_run(layer, n, [&](uint8_t* run, size_t bytes) {
             std::memcpy(out, run, bytes);
             out += bytes;
         });
     }
     void copy_in(int64_t layer, int64_t n, const uint8_t* in) {
-        for_each_run(layer, n, [&](uint16_t* run, size_t bytes) {
+        for_each_run(layer, n, [&](uint8_t* run, size_t bytes) {
             std::memcpy(run, in, bytes);
             in += bytes;
         });
     }
 
-    // Of one position in all layers.
-    size_t bytes_per_token() const { return layers_.size() * layer_bytes(1); }
-
     size_t bytes() const {
         size_t total = 0;
-        for (const auto& layer : layers_) total += layer.size() * page_bytes();
+        for (size_t layer = 0; layer < pages_.size(); ++layer) total += pages_[layer].size() * page_bytes(layer);
         return total;
     }
 
+    double bytes_per_token() const {
+        size_t total = 0;
+        for (size_t layer = 0; layer < pages_.size(); ++layer) total += page_bytes(layer);
+        return static_cast<double>(total) / kPage;
+    }
+
 private:
-    // Calls visit(begin, bytes) for the stretches that the first n positions lie in, in the order of layer_bytes.
+    // Calls visit(begin, bytes) for the stretches that the first n positions lie in.
     template <class Visit>
     void for_each_run(int64_t layer, int64_t n, Visit visit) const {
         for (const bool values : {false, true}) {
+            const bool quantized = values ? layout(layer).value.quantized() : layout(layer).key.quantized();
+            const size_t whole = values ? value_bytes(layer) : key_bytes(layer);
             for (int64_t head = 0; head < n_kv_heads_; ++head) {
                 for (int64_t first = 0; first < n; first += kPage) {
                     const int64_t count = std::min(kPage, n - first);
-                    visit(values ? value(layer, head, first) : key(layer, head, first),
-                          static_cast<size_t>(count * head_dim_) * sizeof(uint16_t));
+                    visit(values ? value_page(layer, head, first) : key_page(layer, head, first),
+                          quantized ? whole : static_cast<size_t>(count * head_dim_) * sizeof(uint16_t));
                 }
             }
         }
     }
 
-    size_t page_bytes() const { return static_cast<size_t>(2 * n_kv_heads_ * kPage * head_dim_) * sizeof(uint16_t); }
+    size_t key_bytes(size_t layer) const { return kv_head_bytes(layout_[layer].key.type, head_dim_); }
+    size_t value_bytes(size_t layer) const { return kv_head_bytes(layout_[layer].value.type, head_dim_); }
+    size_t page_bytes(size_t layer) const {
+        return static_cast<size_t>(n_kv_heads_) * (key_bytes(layer) + value_bytes(layer));
+    }
+    KvTokens tokens(KvType type, const uint8_t* page, int64_t slot, int64_t n) const {
+        return {page + kv_codes_at(type, head_dim_, slot), page + kv_code_bytes(type, head_dim_) + slot, n, head_dim_};
+    }
 
+    std::vector<KvLayer> layout_;
     int64_t n_kv_heads_, head_dim_;
-    std::vector<std::vector<Buffer>> layers_;
+    std::vector<std::vector<Buffer>> pages_;  // of each layer
 };
 
 }  // namespace qq

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_quant.checkpoint import resolve_model
-from qwen_quant.errors import FormatError, QwenQuantError
+from qwen_quant.errors import FormatError, QwenQuantError, UsageError
 from qwen_quant.runtime.onnx import is_onnx_folder
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Tokens = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32]
+
+CACHE_TYPES = ("f16", "int8", "int4", "auto")  # of the engine
 
 
 class LogitsProvider(Protocol):
@@ -37,6 +39,10 @@ class LogitsProvider(Protocol):
     def max_ctx(self) -> int:
         """Tokens that the longest window may have."""
 
+    @property
+    def kv_bytes_per_token(self) -> float | None:
+        """What a token adds to the cache of keys and values; None where there is no cache."""
+
     def window_logits(self, tokens: Tokens, first: int = 0) -> Logits:
         """Logits [T - first, V] after tokens first … T - 1 of `tokens` [T], nothing preceding the window."""
 
@@ -44,11 +50,21 @@ class LogitsProvider(Protocol):
 class EngineProvider:
     """A GGUF file run by the C++ engine, or an ONNX folder by onnxruntime."""
 
-    def __init__(self, path: Path, n_threads: int | None = None, isa: str = "auto") -> None:
+    def __init__(
+        self, path: Path, n_threads: int | None = None, isa: str = "auto", kv_cache: str | None = None
+    ) -> None:
         from qwen_quant.runtime.session import Session
 
+        if kv_cache not in (None, *CACHE_TYPES):
+            raise UsageError(
+                f"--kv-cache {kv_cache}: a GGUF file runs with {', '.join(CACHE_TYPES)}; other layouts are "
+                "measured on a checkpoint folder"
+            )
         self.name = str(path)
-        self.session = Session.open(path, n_threads=n_threads, isa=isa)
+        kind = kv_cache or "f16"
+        self.session = Session.open(
+            path, n_threads=n_threads, isa=isa, cache_type_k=kind, cache_type_v=kind
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -62,15 +78,24 @@ class EngineProvider:
     def max_ctx(self) -> int:
         return self.session.n_ctx
 
+    @property
+    def kv_bytes_per_token(self) -> float | None:
+        return self.session.engine.kv_bytes_per_token
+
     def window_logits(self, tokens: Tokens, first: int = 0) -> Logits:
         return self.session.logits(tokens)[first:]
 
 
 def open_provider(
-    model: str | os.PathLike[str], n_threads: int | None = None, isa: str = "auto"
+    model: str | os.PathLike[str],
+    n_threads: int | None = None,
+    isa: str = "auto",
+    kv_cache: str | None = None,
 ) -> LogitsProvider:
     """Open MODEL for measuring: a folder (full precision, GPTQ or ONNX), a GGUF file, a hub id or `reference`.
 
+    `kv_cache` is what its keys and values go through: f16, int8, int4 or auto; for a folder also kivi4, qwen1 or a
+    file of `qwen-quant kv`. None is a file's F16 cache, and none at all for a folder.
     Raises QwenQuantError when MODEL cannot be read, or needs torch and torch is not installed.
     """
     path = resolve_model(os.fspath(model))
@@ -86,7 +111,7 @@ def open_provider(
                 f"{path}: a checkpoint folder is evaluated with torch, which is not installed; "
                 "pip install 'qwen-quant[quantize]', or compare GGUF files"
             ) from None
-        return TorchProvider(path, n_threads)
+        return TorchProvider(path, n_threads, kv_cache)
     if path.suffix == ".gguf":
-        return EngineProvider(path, n_threads, isa)
+        return EngineProvider(path, n_threads, isa, kv_cache)
     raise FormatError(f"{path}: cannot be evaluated; give a checkpoint folder or a .gguf file")

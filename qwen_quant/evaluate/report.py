@@ -23,6 +23,7 @@ from qwen_quant.evaluate.perplexity import (
     tokenize,
 )
 from qwen_quant.evaluate.providers import LogitsProvider, Tokens, open_provider
+from qwen_quant.evaluate.retrieval import needle_retrieval
 from qwen_quant.progress import progress
 
 if TYPE_CHECKING:
@@ -58,6 +59,10 @@ class EvalResult:
     kld_p99: float | None = None
     kld_max: float | None = None
     top1_agreement: float | None = None
+    kv_cache: str | None = None
+    kv_bytes_per_token: float | None = None
+    retrieval: dict[str, float] | None = None  # by depth: see retrieval.py
+    retrieval_reference: dict[str, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, as `eval --json` prints them."""
@@ -76,6 +81,10 @@ class EvalResult:
 
     def _lines(self) -> list[tuple[str, str]]:
         lines = [("perplexity", f"{self.ppl:.4f} ± {self.ppl_stderr:.4f}")]
+        if self.kv_bytes_per_token is not None:
+            lines.append((f"KV cache {self.kv_cache or 'f16'}, bytes per token", f"{self.kv_bytes_per_token:,.0f}"))
+        for name, found in (("retrieval", self.retrieval), ("reference's", self.retrieval_reference)):
+            lines += [(f"{name} at depth {depth}", f"{100 * share:.0f} %") for depth, share in (found or {}).items()]
         if self.ppl_reference is None:
             return lines
         return [
@@ -113,15 +122,18 @@ def evaluate(
     max_windows: int | None = None,
     n_threads: int | None = None,
     isa: str = "auto",
+    kv_cache: str | None = None,
+    needle: bool = False,
 ) -> EvalResult:
     """Measure `artifact` (checkpoint folder, GPTQ folder or GGUF file) over the text file `data`.
 
     With `reference` (any of the same), divergence and agreement too. Windows hold `ctx` tokens; `max_windows`
-    stops after that many. Raises QwenQuantError when something cannot be read, the text is shorter than a
+    stops after that many. `kv_cache` is the artifact's alone (see open_provider); with `needle` retrieval at depth is
+    measured too. Raises QwenQuantError when something cannot be read, the text is shorter than a
     window, or the two models do not share a tokenizer.
     """
     text = read_text(data)
-    measured = open_provider(artifact, n_threads, isa)
+    measured = open_provider(artifact, n_threads, isa, kv_cache)
     against = None if reference is None else open_provider(reference, n_threads, isa)
     tokens = tokenize((against or measured).tokenizer, text)
     if against is not None and not np.array_equal(tokens, tokenize(measured.tokenizer, text)):
@@ -129,9 +141,13 @@ def evaluate(
             f"{measured.name} and {against.name} turn the text into different tokens; "
             "--reference must be the checkpoint that the artifact was made from"
         )
-    return evaluate_windows(
-        measured, against, cut_windows(tokens, ctx, max_windows), data=str(data), text=text
-    )
+    windows = cut_windows(tokens, ctx, max_windows)
+    result = evaluate_windows(measured, against, windows, data=str(data), text=text)
+    result = replace(result, kv_cache=kv_cache, kv_bytes_per_token=measured.kv_bytes_per_token)
+    if not needle:
+        return result
+    theirs = None if against is None else needle_retrieval(against, windows)
+    return replace(result, retrieval=needle_retrieval(measured, windows), retrieval_reference=theirs)
 
 
 def evaluate_windows(

@@ -9,19 +9,25 @@ import torch
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.evaluate.providers import Logits, Tokens
+from qwen_quant.grids.kv_file import FILE_NAME, read_kv_file
+from qwen_quant.grids.kv_layout import NAMES, KVCacheSpec, uncalibrated
 from qwen_quant.model import load_model
+from qwen_quant.model.kv_cache import new_quantized_cache
+from qwen_quant.quantize.kv_cache import key_bias
 from qwen_quant.tokenizer import Tokenizer
 
 
 class TorchProvider:
-    """A Hugging Face folder, full precision or GPTQ."""
+    """A Hugging Face folder, full precision or GPTQ; `kv_cache` None keeps keys and values as they are."""
 
-    def __init__(self, folder: Path, n_threads: int | None = None) -> None:
+    def __init__(self, folder: Path, n_threads: int | None = None, kv_cache: str | None = None) -> None:
         if n_threads:
             torch.set_num_threads(n_threads)
         self.name = str(folder)
         self.folder = folder
-        self.model = load_model(Checkpoint(folder))
+        checkpoint = Checkpoint(folder)
+        self.model = load_model(checkpoint)
+        self.kv = None if kv_cache is None else kv_cache_spec(checkpoint, kv_cache)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -37,9 +43,36 @@ class TorchProvider:
         spec = self.model.spec
         return max(spec.max_position_embeddings, spec.context_length)
 
+    @property
+    def kv_bytes_per_token(self) -> float | None:
+        spec = self.model.spec
+        return None if self.kv is None else self.kv.bytes_per_token(spec.num_key_value_heads, spec.head_dim)
+
     @torch.inference_mode()
     def window_logits(self, tokens: Tokens, first: int = 0) -> Logits:
         ids = torch.from_numpy(tokens).long()[None]  # [1, T]
-        hidden = self.model.hidden_states(ids)[0, first:]  # [T - first, hidden]
+        hidden = self.hidden_states(ids)[0, first:]  # [T - first, hidden]
         logits: Logits = self.model.head(hidden).numpy()
         return logits
+
+    def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
+        """Final-norm outputs [1, T, hidden]. A residual window moves on in steps of its own length."""
+        if self.kv is None:
+            return self.model.hidden_states(ids)
+        caches = new_quantized_cache(self.kv)
+        for cache in caches:
+            cache.prompt = ids.shape[1]
+        pieces = ids.split(self.kv.residual or ids.shape[1], dim=1)
+        return torch.cat([self.model.hidden_states(piece, caches) for piece in pieces], dim=1)
+
+
+def kv_cache_spec(checkpoint: Checkpoint, name: str) -> KVCacheSpec:
+    """The layout that `--kv-cache` names: of NAMES, `auto` for the checkpoint folder's own, or a file's.
+
+    Raises UsageError for an unknown name, FormatError when the file is missing or of another model.
+    """
+    spec = checkpoint.spec
+    if name not in NAMES and (name == "auto" or Path(name).exists()):
+        path = checkpoint.folder / FILE_NAME if name == "auto" else Path(name)
+        return read_kv_file(path, spec.num_hidden_layers, spec.num_key_value_heads, spec.head_dim)[0]
+    return uncalibrated(name, [key_bias(checkpoint, layer) for layer in range(spec.num_hidden_layers)])

@@ -46,18 +46,6 @@ class Qwen1Rotary(Rotary):
         return super().forward(start, length)
 
 
-class PromptCache(KVCache):
-    """A cache that knows how many tokens were read first: the rotary base stays what it was for them."""
-
-    prompt: int | None = None
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """As KVCache's."""
-        if self.prompt is None:
-            self.prompt = keys.shape[2]
-        return super().append(keys, values)
-
-
 def query_scales(qwen1: Qwen1Spec, start: int, length: int, device: torch.device) -> Tensor:
     """What queries at positions start … start + length - 1 are multiplied by [length], FP32."""
     if not qwen1.use_logn_attn or start + length <= qwen1.seq_length:
@@ -76,14 +64,19 @@ class Qwen1Attention(nn.Module):
         self.c_attn = nn.Linear(spec.hidden_size, spec.q_size + 2 * spec.kv_size, bias=spec.qkv_bias)
         self.c_proj = nn.Linear(spec.q_size, spec.hidden_size, bias=spec.output_bias)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
-        """Context vectors [batch, seq, q_size]: the input of c_proj."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before rotation, each [batch, heads, seq, head_dim]."""
         thirds = self.c_attn(x).chunk(3, dim=-1)
         queries, keys, values = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in thirds)
+        return queries, keys, values
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+        """Context vectors [batch, seq, q_size]: the input of c_proj."""
+        queries, keys, values = self.project(x)
         queries, keys = rotate(queries, table), rotate(keys, table)
         new = queries.shape[2]
         if cache is not None:
-            keys, values = cache.append(keys, values)
+            keys, values = cache.append(keys, values, table)
         scales = query_scales(self.qwen1, keys.shape[2] - new, new, x.device)
         return causal_attention(queries * scales[:, None], keys, values)
 
@@ -119,6 +112,11 @@ class Qwen1Layer(DecoderLayer):
     def attention_input(self, hidden: Tensor) -> Tensor:
         """What c_attn reads."""
         return self.ln_1(hidden)
+
+    @property
+    def attention(self) -> Qwen1Attention:  # type: ignore[override]
+        """As DecoderLayer's."""
+        return self.attn
 
     def attend(self, x: Tensor, table: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
         """What the attention's c_proj reads, from what c_attn reads."""
@@ -156,10 +154,6 @@ class Qwen1Model(Model):
         if not spec.tie_word_embeddings:
             self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
 
-    def new_cache(self) -> list[KVCache]:
-        """An empty cache for each layer."""
-        return [PromptCache() for _ in range(self.spec.num_hidden_layers)]
-
     def parts(self) -> tuple[nn.Embedding, nn.ModuleList, RMSNorm]:
         """Embedding, layers and final norm."""
         return self.transformer.wte, self.transformer.h, self.transformer.ln_f
@@ -167,4 +161,4 @@ class Qwen1Model(Model):
     def table(self, past: int, new: int, caches: list[KVCache] | None) -> tuple[Tensor, Tensor]:
         """Rotary tables of `new` tokens after `past` others, which `caches` hold."""
         first = caches[0] if caches else None
-        return self.rotary(past, new, first.prompt if isinstance(first, PromptCache) else None)
+        return self.rotary(past, new, None if first is None else first.prompt)

@@ -81,14 +81,25 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class KVCache:
-    """Keys (after rotation) and values of one layer, each [batch, n_kv_heads, seq, head_dim]."""
+    """Keys (after rotation) and values of one layer, each [batch, n_kv_heads, seq, head_dim].
+
+    `prompt` is how many tokens were read first, on which Qwen (1)'s rotary base depends.
+    """
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
+        self.prompt: int | None = None
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new positions and return all of them."""
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def append(self, keys: Tensor, values: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Add new positions, whose keys `table` has turned, and return all of them."""
+        if self.prompt is None:
+            self.prompt = keys.shape[2]
         if self.keys is not None and self.values is not None:
             keys = torch.cat((self.keys, keys), dim=2)
             values = torch.cat((self.values, values), dim=2)
@@ -104,7 +115,7 @@ class Attention(nn.Module):
 
     def __init__(self, spec: ModelSpec, window: int | None = None) -> None:
         super().__init__()
-        self.spec, self.window = spec, window
+        self.spec, self.window, self.head_dim = spec, window, spec.head_dim
         self.q_proj = nn.Linear(spec.hidden_size, spec.q_size, bias=spec.qkv_bias)
         self.k_proj = nn.Linear(spec.hidden_size, spec.kv_size, bias=spec.qkv_bias)
         self.v_proj = nn.Linear(spec.hidden_size, spec.kv_size, bias=spec.qkv_bias)
@@ -117,19 +128,24 @@ class Attention(nn.Module):
         """[batch, seq, n_heads * head_dim] as [batch, seq, n_heads, head_dim]."""
         return x.unflatten(-1, (n_heads, self.spec.head_dim))
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
-        """Context vectors [batch, seq, q_size]: the input of o_proj."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before rotation, each [batch, heads, seq, head_dim]."""
         spec = self.spec
         queries = self._heads(self.q_proj(x), spec.num_attention_heads)
         keys = self._heads(self.k_proj(x), spec.num_key_value_heads)
-        values = self._heads(self.v_proj(x), spec.num_key_value_heads).transpose(1, 2)
+        values = self._heads(self.v_proj(x), spec.num_key_value_heads)
         if spec.qk_norm:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, dual = queries.transpose(1, 2), spec.dual_chunk
+        return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
+        """Context vectors [batch, seq, q_size]: the input of o_proj."""
+        dual = self.spec.dual_chunk
+        queries, keys, values = self.project(x)
         near = table if dual is None else (table[0][0], table[1][0])
-        keys = rotate(keys.transpose(1, 2), near)
+        keys = rotate(keys, near)
         if cache is not None:
-            keys, values = cache.append(keys, values)
+            keys, values = cache.append(keys, values, near)
         if dual is not None and keys.shape[2] > min(dual.chunk_len, dual.exact_length):
             turned = rotate(queries, (table[0][:, None, None], table[1][:, None, None]))
             return dual_chunk.attend(dual, turned, keys, values).transpose(1, 2).flatten(2)
@@ -234,6 +250,11 @@ class DecoderLayer(nn.Module):
         """What q_proj, k_proj and v_proj read."""
         return self.input_layernorm(hidden)
 
+    @property
+    def attention(self) -> Attention:
+        """The module between `attention_input` and `attention_output`, which has `project`."""
+        return self.self_attn
+
     def attend(self, x: Tensor, table: tuple[Tensor, Tensor], cache: KVCache | None = None) -> Tensor:
         """What o_proj reads, from what q_proj, k_proj and v_proj read."""
         return self.self_attn(x, table, cache)
@@ -289,7 +310,7 @@ class Model(nn.Module):
 
     def hidden_states(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Final-norm outputs [batch, seq, hidden] of tokens [batch, seq], after what `caches` hold."""
-        past = 0 if caches is None or caches[0].keys is None else caches[0].keys.shape[2]
+        past = 0 if caches is None else caches[0].length
         embedding, layers, norm = self.parts()
         hidden = embedding(tokens)
         table = self.table(past, tokens.shape[1], caches)

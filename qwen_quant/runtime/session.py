@@ -73,19 +73,22 @@ class Session:
         n_threads: int | None = None,
         isa: str = "auto",
         n_ctx: int | None = None,
+        cache_type_k: str = "f16",
+        cache_type_v: str = "f16",
     ) -> Session:
         """Opens a GGUF file or an ONNX folder.
 
-        `n_threads` None takes as many CPUs as a short trial finds fastest; `isa` is auto, scalar, avx2 or
-        avx512vnni;
-        `n_ctx` overrides the context length in the file. Raises FormatError for a file that cannot be run
+        `n_threads` None takes as many CPUs as a short trial finds fastest; `isa` is auto, scalar, avx2 or avx512vnni;
+        `n_ctx` overrides the context length in the file; the cache of keys and values is f16, int8, int4 or
+        auto (as the file's calibration chose). Raises FormatError for a file that cannot be run
         exactly, QwenQuantError for options that this machine cannot serve.
         """
         if is_onnx_folder(Path(path)):
             folder = OnnxFolder(path)
             return cls(folder, OnnxEngine(folder, n_threads or 0, n_ctx or 0))
         file = GGUFFile(path)
-        return cls(file, _core.Engine(file.core, n_threads or 0, isa, n_ctx or 0))
+        engine = _core.Engine(file.core, n_threads or 0, isa, n_ctx or 0, cache_type_k, cache_type_v)
+        return cls(file, engine)
 
     @property
     def metadata(self) -> dict[str, Any]:

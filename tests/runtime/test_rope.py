@@ -60,8 +60,10 @@ def test_a_factor_without_a_type_is_linear(tiny_model: TinyModels, monkeypatch: 
 class HalfCache(KVCache):
     """Keys and values rounded to FP16, as the engine keeps them."""
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().append(keys.half().float(), values.half().float())
+    def append(
+        self, keys: torch.Tensor, values: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().append(keys.half().float(), values.half().float(), table)
 
 
 @pytest.fixture
