@@ -110,8 +110,9 @@ def test_going_back_in_the_context(tiny_model: TinyModels) -> None:
 @pytest.mark.parametrize("tensor_type", ["F16", "Q8_0", "Q4_0"])
 def test_every_instruction_set_writes_the_same_text(tiny_model: TinyModels, tensor_type: str) -> None:
     path = tiny_model("qwen3", tensor_type).path
+    # Along this text no two tokens are nearly as likely: a rounding of an activation may fall either way.
     texts = {
-        isa: list(Session.open(path, isa=isa).generate(TOKENS[:8].tolist(), 48)) for isa in _core.cpu_isas()
+        isa: list(Session.open(path, isa=isa).generate(TOKENS[1:9].tolist(), 48)) for isa in _core.cpu_isas()
     }
     assert len(set(map(tuple, texts.values()))) == 1
     assert len(texts["scalar"]) == 48
