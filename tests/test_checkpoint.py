@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen_quant.checkpoint import INDEX, SINGLE, Checkpoint, TensorSource, resolve_model
+from qwen_quant.checkpoint import Checkpoint, resolve_model
 from qwen_quant.errors import CheckpointError, ConfigError, QwenQuantError
 from qwen_quant.grids.gptq import IntGrid, pack
 from qwen_quant.safetensors import Planned, SafetensorsFile, SafetensorsWriter, bf16_to_f32, storage_dtype
+from qwen_quant.tensor_source import INDEX, SINGLE, TensorSource
 
 Maker = Callable[..., Path]
 Q_PROJ = "model.layers.0.self_attn.q_proj."
@@ -69,7 +70,7 @@ def test_tensors_come_back_as_written(make_checkpoint: Maker, shards: int) -> No
 def test_pieces_equal_the_whole(make_checkpoint: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Checkpoint(make_checkpoint()).source
     whole = source.read("model.embed_tokens.weight")
-    monkeypatch.setattr("qwen_quant.checkpoint.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("qwen_quant.tensor_source.CHUNK_BYTES", 1000)
     pieces = list(source.chunks("model.embed_tokens.weight"))
     assert len(pieces) > 10
     np.testing.assert_array_equal(np.concatenate(pieces), whole)
