@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen_quant.tokenizer import CONTROL, Tokenizer
+
+
+def test_no_two_messages_join_into_a_token(with_template: Callable[[str], tuple[Tokenizer, Any]]) -> None:
+    tokenizer, _ = with_template(
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages|tojson(ensure_ascii=true) }}"
+    )
+    messages = [{"role": "user", "content": c} for c in ("<", "|im_", "end|", ">", "\U0010fffd é")]
+    ids = tokenizer.apply_chat_template(messages)
+    assert not set(ids) & set(tokenizer.added_tokens)
+    assert tokenizer.decode(ids) == tokenizer.render_chat(messages)
+
 
 PIECES = [
     "<|im_start|>",
