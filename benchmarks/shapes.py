@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_quant.checkpoint import resolve_model
+from qwen_quant.checkpoint import INDEX, SINGLE, resolve_model
 from qwen_quant.safetensors import Planned, SafetensorsWriter, f32_to_bf16
 from qwen_quant.spec import ModelSpec, TensorInfo
-from qwen_quant.tensor_source import INDEX, SINGLE
 
 COMMON = {
     "hidden_act": "silu",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_quant import __version__
-from qwen_quant.checkpoint import Checkpoint
+from qwen_quant.checkpoint import INDEX, SINGLE, Checkpoint
 from qwen_quant.errors import FormatError
 from qwen_quant.files import atomic_folder
 from qwen_quant.grids.gptq import GPTQ_FORMATS, GROUP_SIZES, IntGrid, pack
@@ -23,7 +23,6 @@ from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.safetensors import Planned, SafetensorsWriter
 from qwen_quant.spec import TensorInfo
-from qwen_quant.tensor_source import INDEX, SINGLE
 
 # Small files that belong to a checkpoint; config.json and the weights' index are written anew.
 COPIED = ("*.json", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*")

@@ -16,7 +16,9 @@ from qwen_quant.grids.gptq import V1, V2, IntGrid, PackedLinear, unpack
 from qwen_quant.moe import fused_tensors
 from qwen_quant.safetensors import bf16_to_f32, storage_dtype
 from qwen_quant.spec import ModelSpec, TensorInfo
-from qwen_quant.tensor_source import TensorSource
+from qwen_quant.tensor_source import INDEX, SINGLE, TensorSource
+
+__all__ = ["INDEX", "REFERENCE", "SINGLE", "Checkpoint", "GPTQConfig", "TensorSource", "resolve_model"]
 
 REFERENCE = "reference"  # the word that names the bundled checkpoint on the command line
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")

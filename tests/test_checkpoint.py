@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen_quant.checkpoint import Checkpoint, resolve_model
+from qwen_quant.checkpoint import INDEX, SINGLE, Checkpoint, TensorSource, resolve_model
 from qwen_quant.errors import CheckpointError, ConfigError, QwenQuantError
 from qwen_quant.grids.gptq import IntGrid, pack
 from qwen_quant.safetensors import Planned, SafetensorsFile, SafetensorsWriter, bf16_to_f32, storage_dtype
-from qwen_quant.tensor_source import INDEX, SINGLE, TensorSource
 
 Maker = Callable[..., Path]
 Q_PROJ = "model.layers.0.self_attn.q_proj."

@@ -28,7 +28,7 @@ QWEN2 = {
     "head_dim": None,
     "tie_word_embeddings": False,
 }
-MakeModel = Callable[..., Path]
+MakeModel = Callable[..., Checkpoint]
 
 
 @pytest.mark.parametrize("family", [{}, QWEN2, {"head_dim": 64, "tie_word_embeddings": False}])
@@ -36,7 +36,7 @@ MakeModel = Callable[..., Path]
 def test_float_types_keep_every_value(
     make_model: MakeModel, tmp_path: Path, file_type: str, family: dict[str, Any]
 ) -> None:
-    checkpoint = Checkpoint(make_model(**family))
+    checkpoint = make_model(**family)
     written = export_gguf(checkpoint, tmp_path / "m.gguf", file_type)
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     infos = checkpoint.spec.tensors()
@@ -55,7 +55,7 @@ def test_float_types_keep_every_value(
 
 @pytest.mark.parametrize("file_type", ["Q8_0", "Q4_0", "Q4_1"])
 def test_quantized_types_decode_to_our_values(make_model: MakeModel, tmp_path: Path, file_type: str) -> None:
-    checkpoint = Checkpoint(make_model(intermediate_size=112, tie_word_embeddings=False))
+    checkpoint = make_model(intermediate_size=112, tie_word_embeddings=False)
     written = export_gguf(checkpoint, tmp_path / "m.gguf", file_type)
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     down = "model.layers.1.mlp.down_proj.weight"
@@ -74,7 +74,7 @@ def test_quantized_types_decode_to_our_values(make_model: MakeModel, tmp_path: P
 
 
 def test_layers_are_written_as_they_come(make_model: MakeModel, tmp_path: Path) -> None:
-    checkpoint = Checkpoint(make_model())
+    checkpoint = make_model()
     grids, rng = plan_file(checkpoint, "Q4_0").grids, np.random.default_rng(0)
     expected: dict[str, np.ndarray] = {}
 
@@ -104,7 +104,7 @@ def test_layers_are_written_as_they_come(make_model: MakeModel, tmp_path: Path) 
 
 
 def test_metadata(make_model: MakeModel, tmp_path: Path) -> None:
-    folder = make_model(head_dim=48, rope_theta=5e5, rms_norm_eps=1e-5)
+    folder = make_model(head_dim=48, rope_theta=5e5, rms_norm_eps=1e-5).folder
     checkpoint, tokenizer = Checkpoint(folder), Tokenizer.from_folder(folder)
     record = {
         "calibrate": True,
@@ -145,7 +145,7 @@ def test_metadata(make_model: MakeModel, tmp_path: Path) -> None:
 
 
 def test_outer_types_can_be_chosen(make_model: MakeModel, tmp_path: Path) -> None:
-    tied = Checkpoint(make_model())
+    tied = make_model()
     for options in ({"token_embedding_type": "Q4_1"}, {"output_tensor_type": "Q4_1"}):
         export_gguf(tied, tmp_path / "m.gguf", "Q4_0", TypeOptions(**options))
         reader = gguf.GGUFReader(tmp_path / "m.gguf")
@@ -153,14 +153,14 @@ def test_outer_types_can_be_chosen(make_model: MakeModel, tmp_path: Path) -> Non
         assert not any(t.name == "output.weight" for t in reader.tensors)
     with pytest.raises(UsageError, match="one tensor"):
         export_gguf(tied, tmp_path / "n.gguf", "Q4_0", TypeOptions("F16", "Q8_0"))
-    untied = Checkpoint(make_model(name="untied", tie_word_embeddings=False))
+    untied = make_model(name="untied", tie_word_embeddings=False)
     export_gguf(untied, tmp_path / "m.gguf", "Q4_0", TypeOptions("Q4_0", "F16"))
     reader = gguf.GGUFReader(tmp_path / "m.gguf")
     assert (type_of(reader, "token_embd.weight"), type_of(reader, "output.weight")) == ("Q4_0", "F16")
 
 
 def test_bad_input_leaves_nothing_behind(make_model: MakeModel, tmp_path: Path) -> None:
-    folder = make_model()
+    folder = make_model().folder
     target = tmp_path / "out" / "m.gguf"
     with pytest.raises(UsageError, match="--type Q9_9"):
         export_gguf(Checkpoint(folder), target, "Q9_9")
@@ -181,4 +181,4 @@ def test_bad_input_leaves_nothing_behind(make_model: MakeModel, tmp_path: Path) 
 
 def test_tokenizer_must_fit_the_weights(make_model: MakeModel, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="4096 tokens, but the embedding 320 rows"):
-        export_gguf(Checkpoint(make_model(vocab_size=320)), tmp_path / "m.gguf", "F16")
+        export_gguf(make_model(vocab_size=320), tmp_path / "m.gguf", "F16")

@@ -18,13 +18,13 @@ from qwen_quant.exporters.gguf import export_gguf, notes
 from qwen_quant.model import load_model
 from qwen_quant.runtime.session import Session
 
-MakeModel = Callable[..., Path]
+MakeModel = Callable[..., Checkpoint]
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 
 
 def test_metadata_of_an_extended_context(make_model: MakeModel, tmp_path: Path) -> None:
     def keys(**rope: Any) -> dict[str, Any]:
-        export_gguf(Checkpoint(make_model(rope_scaling=rope or None)), tmp_path / "m.gguf", "F16")
+        export_gguf(make_model(rope_scaling=rope or None), tmp_path / "m.gguf", "F16")
         fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
         return {k: fields[f"qwen3.{k}"].contents() for k in ["context_length"] if f"qwen3.{k}" in fields} | {
             k.removeprefix("qwen3.rope.scaling."): f.contents()
@@ -59,12 +59,12 @@ def test_what_gguf_readers_would_ignore(
     make_model: MakeModel, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(FormatError, match=message):
-        export_gguf(Checkpoint(make_model(**changes)), tmp_path / "m.gguf", "F16")
+        export_gguf(make_model(**changes), tmp_path / "m.gguf", "F16")
     assert not (tmp_path / "m.gguf").exists()
 
 
 def test_a_window_as_wide_as_the_context_is_none(make_model: MakeModel, tmp_path: Path) -> None:
-    folder = make_model(use_sliding_window=True, sliding_window=512, max_window_layers=0)
+    folder = make_model(use_sliding_window=True, sliding_window=512, max_window_layers=0).folder
     export_gguf(Checkpoint(folder), tmp_path / "m.gguf", "F16")
     assert not any("sliding" in key for key in gguf.GGUFReader(tmp_path / "m.gguf").fields)
 
@@ -82,7 +82,7 @@ def test_the_context_ends_where_dual_chunk_attention_begins_to_matter(
     make_model: MakeModel, tmp_path: Path, setting: dict[str, int], exact: int
 ) -> None:
     """The engine agrees with the reference model up to there, and takes no longer text."""
-    checkpoint = Checkpoint(make_model(dual_chunk_attention_config=setting))
+    checkpoint = make_model(dual_chunk_attention_config=setting)
     export_gguf(checkpoint, tmp_path / "m.gguf", "F32")
     session = Session.open(tmp_path / "m.gguf")
     assert session.n_ctx == exact

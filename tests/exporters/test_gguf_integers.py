@@ -20,7 +20,7 @@ from qwen_quant.grids.base import QuantizedTensor
 from qwen_quant.grids.gguf import gguf_grid
 from qwen_quant.grids.gptq import IntGrid, pack
 
-MakeModel = Callable[..., Path]
+MakeModel = Callable[..., Checkpoint]
 
 
 def make_gptq(
@@ -63,7 +63,9 @@ def make_gptq(
 def test_gptq_integers_are_repacked(
     make_model: MakeModel, tmp_path: Path, bits: int, group: int, sym: bool, file_type: str
 ) -> None:
-    folder = make_model(hidden_size=128, intermediate_size=160, num_attention_heads=4)  # a short last group
+    folder = make_model(
+        hidden_size=128, intermediate_size=160, num_attention_heads=4
+    ).folder  # a short last group
     kept = "model.layers.1.mlp.up_proj.weight"
     tensors = make_gptq(folder, IntGrid(bits, group, sym), keep=kept)
     checkpoint = Checkpoint(folder)
@@ -88,7 +90,7 @@ def test_gptq_integers_are_repacked(
 
 
 def test_gptq_checkpoint_as_floats(make_model: MakeModel, tmp_path: Path) -> None:
-    folder = make_model()
+    folder = make_model().folder
     make_gptq(folder, IntGrid(3, 32, False))
     checkpoint = Checkpoint(folder)
     export_gguf(checkpoint, tmp_path / "m.gguf", "F32")
@@ -111,7 +113,7 @@ def test_gptq_checkpoint_as_floats(make_model: MakeModel, tmp_path: Path) -> Non
 def test_integers_that_gguf_cannot_hold(
     make_model: MakeModel, tmp_path: Path, grid: IntGrid, act_order: bool, file_type: str | None, message: str
 ) -> None:
-    folder = make_model()
+    folder = make_model().folder
     make_gptq(folder, grid, act_order)
     with pytest.raises(FormatError, match=message):
         export_gguf(Checkpoint(folder), tmp_path / "m.gguf", file_type)

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from qwen_quant.checkpoint import Checkpoint
+from qwen_quant.checkpoint import INDEX, Checkpoint
 from qwen_quant.model import load_model
-from qwen_quant.tensor_source import INDEX
 
 Oracle = Callable[..., Any]  # the fixture that builds a transformers model
 
