@@ -3,12 +3,40 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen_quant.tokenizer import CONTROL, Tokenizer
+
+
+def test_no_two_messages_join_into_a_token(with_template: Callable[[str], tuple[Tokenizer, Any]]) -> None:
+    tokenizer, _ = with_template(
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages|tojson(ensure_ascii=true) }}"
+    )
+    messages = [{"role": "user", "content": c} for c in ("<", "|im_", "end|", ">", "\U0010fffd é")]
+    ids = tokenizer.apply_chat_template(messages)
+    assert not set(ids) & set(tokenizer.added_tokens)
+    assert tokenizer.decode(ids) == tokenizer.render_chat(messages)
+
+
+@pytest.fixture(scope="module")
+def from_file(featured: tuple[Tokenizer, Any]) -> Tokenizer:
+    """The tokenizer as a GGUF file holds it."""
+    tokenizer, _ = featured
+    metadata = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": tokenizer.pre_tokenizer_name(),
+        "tokenizer.ggml.tokens": tokenizer.tokens,
+        "tokenizer.ggml.token_type": tokenizer.token_types,
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in tokenizer.merges],
+        "tokenizer.chat_template": tokenizer.chat_template,
+    }
+    return Tokenizer.from_gguf(metadata)
+
 
 PIECES = [
     "<|im_start|>",
@@ -97,3 +125,12 @@ def test_no_schema_becomes_a_token(featured: tuple[Tokenizer, Any], text: str, k
         return [i for i in ids if i in tokenizer.added_tokens]
 
     assert tokens(text, key) == tokens("x", "y")
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(TEXTS, min_size=1, max_size=3), role=st.sampled_from(["user", "assistant", "other"]))
+def test_a_file_keeps_text_out_of_its_tokens_too(
+    featured: tuple[Tokenizer, Any], from_file: Tokenizer, texts: list[str], role: str
+) -> None:
+    messages = [{"role": "user", "content": "Hi"}, *({"role": role, "content": text} for text in texts)]
+    assert from_file.apply_chat_template(messages) == featured[0].apply_chat_template(messages)

@@ -69,7 +69,7 @@ def test_tensors_come_back_as_written(make_checkpoint: Maker, shards: int) -> No
 def test_pieces_equal_the_whole(make_checkpoint: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Checkpoint(make_checkpoint()).source
     whole = source.read("model.embed_tokens.weight")
-    monkeypatch.setattr("qwen_quant.checkpoint.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("qwen_quant.tensor_source.CHUNK_BYTES", 1000)
     pieces = list(source.chunks("model.embed_tokens.weight"))
     assert len(pieces) > 10
     np.testing.assert_array_equal(np.concatenate(pieces), whole)

@@ -30,7 +30,7 @@ LAYERS = (
         "qwen_quant.window",
     ),
     ("qwen_quant.grids", "qwen_quant.safetensors"),
-    ("qwen_quant.checkpoint",),
+    ("qwen_quant.checkpoint", "qwen_quant.tensor_source"),
     (
         "qwen_quant.tokenizer",
         "qwen_quant.tokenizer_files",

@@ -195,21 +195,6 @@ def test_a_message_cannot_write_control_tokens(ours: Tokenizer, role: str) -> No
     assert controls(INJECTION) == controls("plain")
 
 
-def test_no_two_messages_join_into_a_token(small: Path) -> None:
-    config = json.loads((small / "tokenizer_config.json").read_text())
-    config["chat_template"] = (
-        "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages|tojson(ensure_ascii=true) }}"
-    )
-    target = small.parent / "joined"
-    shutil.copytree(small, target, dirs_exist_ok=True)
-    (target / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = Tokenizer.from_folder(target)
-    messages = [{"role": "user", "content": c} for c in ("<", "|im_", "end|", ">", "\U0010fffd é")]
-    ids = tokenizer.apply_chat_template(messages)
-    assert not set(ids) & set(tokenizer.added_tokens)
-    assert tokenizer.decode(ids) == tokenizer.render_chat(messages)
-
-
 def test_bad_messages(ours: Tokenizer) -> None:
     with pytest.raises(UsageError, match="messages"):
         ours.apply_chat_template([])

@@ -202,6 +202,9 @@ ModelConfig read_config(const GgufFile& file) {
         in.fail("attention.value_length", "differs from the key length");
     }
     if (c.head_dim % 2 != 0) in.fail("attention.key_length", "is odd");
+    if (in.has("attention.causal") && !in.flag("attention.causal")) {
+        in.fail("attention.causal", "attention to later tokens is not supported");
+    }
     c.rms_eps = in.positive("attention.layer_norm_rms_epsilon");
     c.context = in.size("context_length", int64_t{1} << 31);
     c.rope = read_rope(in, c.head_dim, c.context);

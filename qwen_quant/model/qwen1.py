@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen_quant.model.mlp import MLP
 from qwen_quant.model.transformer import (
-    MLP,
     DecoderLayer,
     KVCache,
     Model,

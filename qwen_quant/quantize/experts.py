@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from qwen_quant.model.transformer import MLP, SparseMLP
+from qwen_quant.model.mlp import MLP, SparseMLP
 from qwen_quant.moe import MoESpec
 from qwen_quant.quantize.calibration import Calibration
 

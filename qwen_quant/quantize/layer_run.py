@@ -17,7 +17,7 @@ from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import CalibrationError
 from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales
 from qwen_quant.model import DecoderLayer, load_expert, load_layer
-from qwen_quant.model.transformer import MLP, SparseMLP
+from qwen_quant.model.mlp import MLP, SparseMLP
 from qwen_quant.moe import PROJECTIONS
 from qwen_quant.quantize.calibration import Calibration
 from qwen_quant.quantize.experts import ExpertInputs, groups_of_experts, shrunk

@@ -54,6 +54,22 @@ def test_a_short_last_group(options: list[str], cli: Callable, make_model: Calla
         assert again["kld_mean"] < 0.01  # the engine rounds activations to 8 bits
 
 
+def test_short_groups_of_experts(cli: Callable, make_model: Callable, tmp_path: Path) -> None:
+    """One note for all of them, beside one for the shared expert."""
+    moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+    folder = make_model(
+        **moe, architectures=["Qwen2MoeForCausalLM"], model_type="qwen2_moe", head_dim=None,
+        shared_expert_intermediate_size=160,
+    )  # fmt: skip
+    done = cli("gptq", folder, "-o", tmp_path / "out", "--group-size", "64", "--no-calibration")
+    assert done.code == 0
+    experts, shared = (line for line in done.err.splitlines() if line.startswith("note: "))
+    assert "mlp.experts.0.down_proj.weight and 7 more: 96 inputs, so the last group has 32 instead" in experts
+    assert "mlp.shared_expert.down_proj.weight and 1 more: 160 inputs" in shared
+    file = SafetensorsFile(tmp_path / "out" / "model.safetensors")
+    assert file.entries["model.layers.1.mlp.experts.3.down_proj.scales"].shape == (2, 64)
+
+
 def test_notes_in_json(cli: Callable, make_model: Callable, tmp_path: Path) -> None:
     run = ["--no-calibration", "--json"]
     short = cli("gptq", make_model(), "-o", tmp_path / "a", "--group-size", "64", *run).json["notes"]

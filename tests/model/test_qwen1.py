@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.checkpoints import rewrite
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -22,7 +23,6 @@ from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import CheckpointError, ConfigError
 from qwen_quant.model import load_model
-from qwen_quant.safetensors import Planned, SafetensorsFile, SafetensorsWriter
 from qwen_quant.spec import ModelSpec
 
 OUTER = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "lm_head": "lm_head"}
@@ -225,14 +225,8 @@ def test_what_says_nothing_new_is_taken(qwen1_config: dict) -> None:
 @pytest.mark.parametrize("value", [0.0, 1e-3])
 def test_biases_that_are_zero_are_no_biases(make_qwen1: Callable[..., Path], value: float) -> None:
     """AutoGPTQ stores them for every layer; any other would change the model."""
-    folder = make_qwen1()
-    file, extra = SafetensorsFile(folder / "model.safetensors"), "transformer.h.1.mlp.w1.bias"
-    arrays = {name: file.read_raw(name).copy() for name in file.entries}
-    planned = [Planned(name, entry.dtype, entry.shape) for name, entry in file.entries.items()]
-    with SafetensorsWriter(folder / "new", [*planned, Planned(extra, "F32", (96,))]) as writer:
-        for name, array in {**arrays, extra: np.full(96, value, np.float32)}.items():
-            writer.write(name, array)
-    (folder / "new").replace(folder / "model.safetensors")
+    folder, extra = make_qwen1(), "transformer.h.1.mlp.w1.bias"
+    rewrite(folder, {extra: np.full(96, value, np.float32)})
     if value:
         with pytest.raises(CheckpointError, match=f"tensor '{extra}' is not zero"):
             Checkpoint(folder)

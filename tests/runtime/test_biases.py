@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
+from helpers.gguf_files import changed
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError
@@ -20,29 +20,12 @@ FAMILIES = pytest.mark.parametrize("architecture", ["qwen3", "qwen3moe"])
 TOKENS = np.random.default_rng(5).integers(0, 96, 20).astype(np.int32)
 
 
-def without(path: Path, name: str, target: Path) -> Path:
-    """A copy of a GGUF file without the tensors that end in `name`."""
-    reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(target, str(reader.fields["general.architecture"].contents()))
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            writer.add_key_value(key, field.contents(), *field.types[:2])
-    for tensor in reader.tensors:
-        if not tensor.name.endswith(name):
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return target
-
-
 @FAMILIES
 def test_logits_with_biases_of_q_k_and_v(
     tiny_model: Callable[..., Any], tmp_path: Path, architecture: str
 ) -> None:
     model = tiny_model(architecture, "F32", attention_bias=True)
-    path = without(model.path, "attn_output.bias", tmp_path / "m.gguf")
+    path = changed(model.path, tmp_path / "m.gguf", without="attn_output.bias")
     biases = [p for name, p in model.reference.named_parameters() if name.endswith("o_proj.bias")]
     kept = [bias.clone() for bias in biases]
     with torch.no_grad():
