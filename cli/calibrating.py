@@ -155,15 +155,15 @@ def layer_table(layers: list[QuantizedLayer]) -> Table:
     table.add_column("s", justify="right")
     for layer in layers:
         cells = (_share([r for r in layer.reports if _column(r) == name]) for name in names)
-        table.add_row(str(layer.layer), *cells, f"{layer.seconds:.1f}")
+        table.add_row("" if layer.layer < 0 else str(layer.layer), *cells, f"{layer.seconds:.1f}")
     return table
 
 
 def _column(report: LinearReport) -> str:
-    """`q`, `down`; the same for all experts of a layer: `experts gate`; of Qwen (1) `attn c`, `mlp w1`."""
+    """`q`, `down`; the same for all experts of a layer: `experts gate`; of Qwen (1) `attn c`, `mlp w1`; `lm_head`."""
     parts = report.name.removesuffix(".weight").removesuffix("_proj").split(".")
     first = 4 if parts[0] == "model" else 3
-    return " ".join(part for part in parts[first:] if not part.isdigit())
+    return " ".join(part for part in parts[first:] or parts[-1:] if not part.isdigit())
 
 
 def _share(reports: list[LinearReport]) -> str:
