@@ -44,7 +44,7 @@ def solve_outer(
         if info.name not in chosen:
             continue
         if info.role == "head" or spec.tie_word_embeddings:
-            moments = _final_moments(checkpoint, batches)
+            moments = final_moments(checkpoint, batches)
             watch.lap("calibrate")
             _solve_head(checkpoint, info, chosen[info.name], moments, recipe, result)
         else:
@@ -55,7 +55,7 @@ def solve_outer(
     return result
 
 
-def _final_moments(checkpoint: Checkpoint, batches: tuple[Tensor, ...]) -> Calibration:
+def final_moments(checkpoint: Checkpoint, batches: tuple[Tensor, ...]) -> Calibration:
     """What the head reads."""
     spec, name = checkpoint.spec, f"{checkpoint.spec.names.norm}.weight"
     norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps).to(batches[0].device).requires_grad_(False)
@@ -64,6 +64,12 @@ def _final_moments(checkpoint: Checkpoint, batches: tuple[Tensor, ...]) -> Calib
     for part in batches:
         moments.add(norm(part))
     return moments
+
+
+def tied_hessian(hessian: Tensor) -> Tensor:
+    """What a tied embedding is solved for [K, K], given its Hessian as a head."""
+    mean = hessian.diagonal().mean()
+    return hessian + TIED_SHARE * mean * torch.eye(len(hessian), device=hessian.device)
 
 
 def _solve_head(
@@ -77,7 +83,7 @@ def _solve_head(
     """GPTQ of the head, in parts: rows are independent, and there are many."""
     hessian = moments.hessian
     if checkpoint.spec.tie_word_embeddings:
-        hessian.diagonal().add_(TIED_SHARE * hessian.diagonal().mean())
+        hessian = tied_hessian(hessian)
     shared = Input.of(hessian[None], recipe.damp_percent)
     solutions: list[Solution] = []
     for rows in checkpoint.source.chunks(info.name):

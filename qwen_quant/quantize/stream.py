@@ -74,7 +74,7 @@ def gptq_layers(
     spec = checkpoint.spec
     device = pick_device(recipe.device)
     require_full_precision(checkpoint)
-    hidden = _embed(checkpoint, windows).to(device)  # [samples, seq, hidden]
+    hidden = embedded(checkpoint, windows).to(device)  # [samples, seq, hidden]
     table = new_rotary(spec).to(device)(0, windows.shape[1])
 
     def solved(index: int) -> QuantizedLayer:
@@ -133,7 +133,7 @@ def _stored_or_solved_outer(
     return result
 
 
-def _embed(checkpoint: Checkpoint, windows: np.ndarray) -> Tensor:
+def embedded(checkpoint: Checkpoint, windows: np.ndarray) -> Tensor:
     """Embeddings [samples, seq, hidden] float32 of token windows."""
     if windows.max() >= checkpoint.spec.vocab_size:
         raise CalibrationError(
