@@ -132,7 +132,7 @@ def run(options: ExportOptions) -> None:
     recipe = calibrating.recipe_of(options) if solving else None
     plan = planning.make_plan(checkpoint, file.stored, recipe, max_ram)
     if options.dry_run:
-        planning.report(plan, options, gguf_grid, recipe, chosen and chosen.expected_kld)
+        planning.report(plan, options, gguf_grid, recipe, None if chosen is None else chosen.expected_kld)
         return
     with calibrating.layer_store(options.output, options.resume) as store:
         layers, record = None, None

@@ -12,7 +12,14 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
 def test_a_mix_with_a_tensor_of_its_own(cli: Callable, make_model: Callable, tmp_path: Path) -> None:
-    options = ["--type", "q4_k_m", "--tensor-type", r"blk\.1\.ffn_down=q5_1", "--token-embedding-type", "bf16"]
+    options = [
+        "--type",
+        "q4_k_m",
+        "--tensor-type",
+        r"blk\.1\.ffn_down=q5_1",
+        "--token-embedding-type",
+        "bf16",
+    ]
     found = cli("export", make_model(), "-o", tmp_path / "m.gguf", *options, *CALIBRATION, "--json").json
     assert found["types"][DOWN] == "Q5_1"
     # Rows of 64 weights are no super-blocks.
