@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
     from rich.table import Table
 
     from qwen_quant.checkpoint import Checkpoint
@@ -82,17 +83,24 @@ def quantized_layers(
     keep_contexts: bool = True,
 ) -> tuple[Iterator[QuantizedLayer], dict[str, Any]]:
     """The stream of quantized layers, not yet started, and the record that goes into the artifact."""
-    from qwen_quant import calib_data
     from qwen_quant.quantize.stream import gptq_layers, plain_layers
-    from qwen_quant.tokenizer import Tokenizer
 
     if not recipe.calibrate:
         return plain_layers(checkpoint, grids), recipe.record()
+    windows, fingerprint = calibration_windows(checkpoint, recipe)
+    record = recipe.record(fingerprint) | {"num_samples": len(windows)}
+    return gptq_layers(checkpoint, grids, windows, recipe, store, keep_contexts), record
+
+
+def calibration_windows(checkpoint: Checkpoint, recipe: Recipe) -> tuple[np.ndarray, str]:
+    """The tokens [samples, seq_len] that the recipe calibrates on, and the hash of the text they come from."""
+    from qwen_quant import calib_data
+    from qwen_quant.tokenizer import Tokenizer
+
     documents = calib_data.load(recipe.dataset)
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     windows = calib_data.sample(documents, tokenizer, recipe.num_samples, recipe.seq_len, recipe.seed)
-    record = recipe.record(calib_data.fingerprint(documents)) | {"num_samples": len(windows)}
-    return gptq_layers(checkpoint, grids, windows, recipe, store, keep_contexts), record
+    return windows, calib_data.fingerprint(documents)
 
 
 def stored_record(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -167,15 +175,15 @@ def layer_table(layers: list[QuantizedLayer]) -> Table:
     table.add_column("s", justify="right")
     for layer in layers:
         cells = (_share([r for r in layer.reports if _column(r) == name]) for name in names)
-        table.add_row(str(layer.layer), *cells, f"{layer.seconds:.1f}")
+        table.add_row("" if layer.layer < 0 else str(layer.layer), *cells, f"{layer.seconds:.1f}")
     return table
 
 
 def _column(report: LinearReport) -> str:
-    """`q`, `down`; the same for all experts of a layer: `experts gate`; of Qwen (1) `attn c`, `mlp w1`."""
+    """`q`, `down`; the same for all experts of a layer: `experts gate`; of Qwen (1) `attn c`, `mlp w1`; `lm_head`."""
     parts = report.name.removesuffix(".weight").removesuffix("_proj").split(".")
     first = 4 if parts[0] == "model" else 3
-    return " ".join(part for part in parts[first:] if not part.isdigit())
+    return " ".join(part for part in parts[first:] or parts[-1:] if not part.isdigit())
 
 
 def _share(reports: list[LinearReport]) -> str:

@@ -31,6 +31,8 @@ class ExportOptions(CalibrationOptions):
     opset: int | None
     verify: bool
     overwrite: bool
+    target_bpw: float | None
+    target_size: str | None
     json: bool
 
 
@@ -88,6 +90,24 @@ def command(
         bool, typer.Option("--verify/--no-verify", help="ONNX: run what was written against the checkpoint.")
     ] = True,
     overwrite: options.Overwrite = False,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            "--target-bpw",
+            metavar="BITS",
+            show_default=False,
+            help="Choose each tensor's type by measured loss, for this many bits per weight on average.",
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            "--target-size",
+            metavar="SIZE",
+            show_default=False,
+            help="The same for a file of this size, like 2.3G.",
+        ),
+    ] = None,
     damp_percent: options.DampPercent = 0.01,
     dataset: options.Dataset = "builtin",
     num_samples: options.NumSamples = 128,
@@ -109,7 +129,7 @@ def run(options: ExportOptions) -> None:
     import time
 
     from qwen_quant.checkpoint import Checkpoint
-    from qwen_quant.cli import planning
+    from qwen_quant.cli import budget, planning
     from qwen_quant.errors import UsageError
     from qwen_quant.exporters.gguf import TypeOptions, export_gguf, notes, plan_file
     from qwen_quant.grids.gguf import gguf_grid
@@ -132,14 +152,17 @@ def run(options: ExportOptions) -> None:
         pure=options.pure,
         calibrated=not options.no_calibration,
     )
-    file = plan_file(checkpoint, options.type, types)
-    solving = checkpoint.quantization is None and any(
-        t.quantized and t.info.role == "linear" for t in file.stored
-    )
+    chosen = None
+    if budget.wanted(options):
+        chosen = budget.choose(checkpoint, options, types, calibrating.recipe_of(options))
+        file, types = chosen.plan, chosen.options
+    else:
+        file = plan_file(checkpoint, options.type, types)
+    solving = checkpoint.quantization is None and any(t.quantized for t in file.stored)
     recipe = calibrating.recipe_of(options) if solving else None
     plan = planning.make_plan(checkpoint, file.stored, recipe, max_ram)
     if options.dry_run:
-        planning.report(plan, options, gguf_grid, recipe)
+        planning.report(plan, options, gguf_grid, recipe, None if chosen is None else chosen.expected_kld)
         return
     with calibrating.layer_store(options.output, options.resume) as store:
         layers, record = None, calibrating.stored_record(checkpoint)
@@ -147,6 +170,8 @@ def run(options: ExportOptions) -> None:
             layers, record = calibrating.quantized_layers(
                 checkpoint, file.grids, recipe, store, plan.keep_contexts
             )
+            if chosen is not None:
+                record["expected_kld"] = chosen.expected_kld
         written = export_gguf(checkpoint, options.output, file.file_type, types, layers=layers, record=record)
     seconds = time.monotonic() - began
     if options.json:

@@ -26,12 +26,15 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def parse_ram(text: str | None) -> int | None:
-    """Bytes of a --max-ram like 8G, 1.5GB, 500M or 2GiB. Raises UsageError."""
-    if text is None:
-        return None
+    """Bytes of a --max-ram. Raises UsageError."""
+    return None if text is None else parse_size(text, "--max-ram")
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes of a size like 8G, 1.5GB, 500M or 2GiB. Raises UsageError naming `option`."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?B)?", text.strip().upper())
     if found is None or float(found[1]) == 0:
-        raise UsageError(f"--max-ram {text}: must be a size like 8G, 1.5G or 500M")
+        raise UsageError(f"{option} {text}: must be a size like 8G, 1.5G or 500M")
     unit = UNITS[found[2]]
     if found[3] == "IB":
         unit = 1 << (10 * list(UNITS).index(found[2]))
@@ -61,10 +64,11 @@ def report(
     options: GPTQOptions | ExportOptions,
     grid_of: Callable[[str], AffineGrid],
     recipe: Recipe | None,
+    expected_kld: float | None = None,
 ) -> None:
     """Print the plan, as text or as JSON; the time comes from a short timing of this machine.
 
-    `grid_of` is the grid that a quantized tensor's kind names.
+    `grid_of` is the grid that a quantized tensor's kind names, `expected_kld` what a budget's losses add up to.
     """
     from qwen_quant.quantize.speed import measure_speed
     from qwen_quant.quantize.stream import pick_device
@@ -79,12 +83,15 @@ def report(
         from qwen_quant.cli.output import print_json
 
         record = None if recipe is None else recipe.record()
-        print_json({"dry_run": True, "output": str(options.output), **fields(plan, speed), "recipe": record})
+        found = {"dry_run": True, "output": str(options.output), **fields(plan, speed), "recipe": record}
+        print_json(found if expected_kld is None else {**found, "expected_kld": expected_kld})
         return
     from rich.console import Console
 
     Console().print(table(plan))
     print_summary(plan, speed, options)
+    if expected_kld is not None:
+        print(f"divergence: about {expected_kld:.4f} nats, by the losses measured on the calibration text")
 
 
 def fields(plan: Plan, speed: Speed) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class FilePlan:
 
     @property
     def grids(self) -> GridChoice:
-        """The grid of each linear layer, as the quantizer asks for it."""
+        """The grid of each matrix, as the quantizer asks for it."""
         return grid_choice(self.choices)
 
     @property
@@ -203,19 +203,27 @@ def _write_layers(
     layers: Iterable[Layer],
     written: Written,
 ) -> None:
-    """The outer tensors from the checkpoint, then each layer as it arrives; its weights are let go."""
-    for choice in choices:
-        if choice.info.layer < 0:
-            _write(writer, choice, stored_parts(checkpoint, choice))
+    """Each layer as it arrives; its weights are let go. Last what lies outside, solved or from the checkpoint."""
+    outer: Layer | None = None
     count = 0
     for layer in layers:
+        written.layers.append(layer)
+        if layer.layer < 0:
+            outer = layer
+            continue
         for choice in (c for c in choices if c.info.layer == count):
             _write(writer, choice, _layer_parts(checkpoint, choice, layer))
         layer.tensors.clear()
-        written.layers.append(layer)
         count += 1
     if count != checkpoint.spec.num_hidden_layers:
         raise FormatError(f"{checkpoint.folder}: {count} layers came of {checkpoint.spec.num_hidden_layers}")
+    for choice in (c for c in choices if c.info.layer < 0):
+        if outer is not None and choice.info.name in outer.tensors:
+            _write(writer, choice, _layer_parts(checkpoint, choice, outer))
+        else:
+            _write(writer, choice, stored_parts(checkpoint, choice))
+    if outer is not None:
+        outer.tensors.clear()
 
 
 def _layer_parts(checkpoint: Checkpoint, choice: Choice, layer: Layer) -> Iterator[np.ndarray]:

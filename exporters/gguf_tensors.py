@@ -107,11 +107,11 @@ class Choice:
 
 
 def grid_choice(choices: Iterable[Choice]) -> GridChoice:
-    """The grid of each linear layer of a file, as the quantizer asks for it."""
+    """The grid of each matrix of a file, as the quantizer asks for it."""
     grids = {
         info.name: gguf_grid(choice.type)
         for choice in choices
-        if choice.type in GRIDS and choice.info.role == "linear"
+        if choice.type in GRIDS
         for info in choice.stored
     }
     return lambda info: grids.get(info.name)
@@ -139,7 +139,7 @@ def _gptq_grid(checkpoint: Checkpoint) -> IntGrid:
 
 
 def choose_types(checkpoint: Checkpoint, file_type: str, options: TypeOptions) -> list[Choice]:
-    """The type of every tensor in the order in which they are written: outer ones, then layer by layer.
+    """The type of every tensor in the order in which they are written: layer by layer, then those outside.
 
     Raises UsageError when a tied embedding is asked to have two types, FormatError when the integers of a
     GPTQ checkpoint do not fit theirs.
@@ -151,10 +151,8 @@ def choose_types(checkpoint: Checkpoint, file_type: str, options: TypeOptions) -
             "head are one tensor; give the same type"
         )
     chooser = Chooser(checkpoint.spec, file_type, options)
-    return [
-        _choose(checkpoint, info, members, file_type, chooser)
-        for info, members in stacked(checkpoint.spec.tensors())
-    ]
+    tensors = sorted(stacked(checkpoint.spec.tensors()), key=lambda pair: pair[0].layer < 0)
+    return [_choose(checkpoint, info, members, file_type, chooser) for info, members in tensors]
 
 
 def stacked(infos: Iterable[TensorInfo]) -> list[tuple[TensorInfo, tuple[TensorInfo, ...]]]:

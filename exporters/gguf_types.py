@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from qwen_quant.errors import UsageError
 from qwen_quant.exporters.gguf_mixes import ALIASES, FALLBACKS, HEAD_TYPE, MIXES, NO_GRID, Place, Rule
@@ -35,6 +35,7 @@ class TypeOptions:
     """What is asked beside the file's type, by llama-quantize's names: types for embedding and head, for tensors
     whose GGUF names contain a match of a pattern, and `pure` for no mix at all.
 
+    `assigned` are types that a budget gave to tensors by their GGUF names, where nothing else is asked for them.
     `calibrated` tells whether the weights are fitted to activations, which moves some types. Raises UsageError for
     types that we do not write, and for what is no pattern.
     """
@@ -44,6 +45,7 @@ class TypeOptions:
     tensor_types: tuple[tuple[str, str], ...] = ()  # pattern and type; the first that matches decides
     pure: bool = False
     calibrated: bool = False
+    assigned: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.token_embedding_type is not None:
@@ -112,7 +114,7 @@ class Chooser:
         found = options.manual(name)
         if found is None and embedding and self.spec.tie_word_embeddings:
             found = options.output_tensor_type
-        return found
+        return found or options.assigned.get(name)
 
     def type_of(self, name: str, columns: int) -> str:
         """The type of the matrix with the GGUF name `name` and rows of `columns` weights, before `fitting`."""

@@ -20,26 +20,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen_quant import _core
 from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales
-from qwen_quant.quantize.factor import Factor, factorise, output_error, spread_cost
+from qwen_quant.quantize.compensate import Columns, compensate, rounding_error, select
+from qwen_quant.quantize.factor import Factor, factorise, output_error
 from qwen_quant.quantize.parallel import each_on_its_thread
 
-BLOCK = 128  # columns that the errors of all columns before them are spread into at once
-FEW = 32  # columns among which errors are spread one by one
 FLOATS_AT_ONCE = 1 << 24  # weights of the rows that are solved together: bounds the temporaries
 FALLBACK = "hessian not positive definite: importance-weighted rounding"
 
 
 @dataclass
 class Solution:
-    """A solved weight and how far it is off: relative output errors tr(D H Dᵀ) / tr(W H Wᵀ) of D = W - Q."""
+    """A solved weight W [N, K] and how far it is off: for each row diag(D H Dᵀ) of D = W - Q, of what plain rounding
+    would miss, and of W itself, float64 [N]."""
 
     tensor: QuantizedTensor
-    error: float
-    rtn_error: float
+    cost: Tensor
+    rtn_cost: Tensor
+    size: Tensor
     damping: float
     fallback: str = ""
+
+    @property
+    def error(self) -> float:
+        """The relative output error tr(D H Dᵀ) / tr(W H Wᵀ)."""
+        return float(self.cost.sum() / self.size.sum().clamp(min=1e-30))
+
+    @property
+    def rtn_error(self) -> float:
+        """The same of plain rounding."""
+        return float(self.rtn_cost.sum() / self.size.sum().clamp(min=1e-30))
 
 
 @dataclass
@@ -55,14 +65,39 @@ class _Rows:
 
 
 @dataclass
-class _Problem:
-    """What the rows of a stack share. Columns are solved from the last to the first, hence `order` ascends."""
+class Input:
+    """What all weights that read an input share. Columns are solved from the last to the first, hence `order`
+    ascends."""
 
-    grid: AffineGrid
     importance: Tensor  # [E, K], in stored order
     order: Tensor  # [E, K]: the stored column at each place
     factor: Factor
+
+    @classmethod
+    def of(cls, hessian: Tensor, damp_percent: float) -> Input:
+        """Factor second moments [E, K, K]."""
+        diagonal = torch.diagonal(hessian, dim1=1, dim2=2)
+        # Damped as the solve is: an input that calibration never saw may still come alive later.
+        importance = diagonal + (damp_percent * diagonal.mean(-1, keepdim=True)).clamp(min=1e-12)
+        order = torch.argsort(importance, dim=-1, descending=True, stable=True).flip(-1)
+        return cls(importance, order, factorise(select(select(hessian, order).mT, order), damp_percent))
+
+
+@dataclass
+class _Problem:
+    """What the rows of a stack share."""
+
+    grid: AffineGrid
+    input: Input
     desc_act: bool
+
+    @property
+    def order(self) -> Tensor:
+        return self.input.order
+
+    @property
+    def factor(self) -> Factor:
+        return self.input.factor
 
     @property
     def stored_groups(self) -> Tensor:
@@ -84,18 +119,18 @@ class _Problem:
 
     def solve(self, weights: Tensor) -> _Rows:
         """Quantize rows [E, N, K]."""
-        w = _select(weights.mT, self.order)  # [E, K, N]
+        w = select(weights.mT, self.order)  # [E, K, N]
         if self.desc_act:
-            scales = self._fit(w.flip(1).mT, self.importance.gather(1, self.order.flip(1)))
+            scales = self._fit(w.flip(1).mT, self.input.importance.gather(1, self.order.flip(1)))
         else:
-            scales = self._fit(weights, self.importance)
-        found, cost = _compensate(w, self.factor, self.grid, _Columns(scales, self.groups))
-        plain = _Columns(self._fit(weights), self.stored_groups)
+            scales = self._fit(weights, self.input.importance)
+        found, cost = compensate(w, self.factor, self.grid, Columns(scales, self.groups))
+        plain = Columns(self._fit(weights), self.stored_groups)
         return _Rows(
-            codes=_select(found, self.order.argsort(-1)).mT.contiguous(),
+            codes=select(found, self.order.argsort(-1)).mT.contiguous(),
             scales=scales,
             cost=cost,
-            rtn_cost=output_error(_rounding_error(w, self.grid, plain), self.factor),
+            rtn_cost=output_error(rounding_error(w, self.grid, plain), self.factor),
             size=output_error(w, self.factor),
         )
 
@@ -106,103 +141,6 @@ class _Problem:
             for e, rows in enumerate(weights)
         ]
         return Scales(torch.stack([s.scale for s in found]), torch.stack([s.offset for s in found]))
-
-
-class _Columns:
-    """Scales by column, columns first: a few at a time, since all of them are as large as the weights."""
-
-    def __init__(self, scales: Scales, groups: Tensor) -> None:
-        self._scale, self._offset = scales.scale.mT.contiguous(), scales.offset.mT.contiguous()  # [E, G, N]
-        self._groups = groups
-
-    def __getitem__(self, columns: slice) -> Scales:
-        """The scales of some columns, each [E, M, N]."""
-        index = self._groups[:, columns]
-        return Scales(_select(self._scale, index), _select(self._offset, index))
-
-
-def _select(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x [E, A, B] by index [E, M], each problem by its own: [E, M, B]."""
-    if len(x) == 1:
-        return x[0].index_select(0, index[0])[None]
-    return torch.stack([part.index_select(0, mine) for part, mine in zip(x, index, strict=True)])
-
-
-def _blocks(k: int) -> list[slice]:
-    """All columns in blocks, from the last to the first."""
-    return [slice(max(0, stop - BLOCK), stop) for stop in range(k, 0, -BLOCK)]
-
-
-def _compensate(w: Tensor, factor: Factor, grid: AffineGrid, columns: _Columns) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [E, K, N] of weights w [E, K, N], and what rounding to them costs: diag(D H Dᵀ) [E, N].
-
-    Errors are spread into a block from all columns before it, then within the block from a few columns at a time
-    into the others, and among these few from column to column.
-    """
-    e, k, n = w.shape
-    codes = torch.empty_like(w, dtype=torch.uint8)
-    error = torch.empty_like(w)  # W - Q
-    cost = torch.zeros(e, n, dtype=torch.float64, device=w.device)
-    for block in _blocks(k):
-        target = w[:, block].clone()  # what each column would best be decoded to
-        target.baddbmm_(factor.spread[:, block.stop :, block].mT, error[:, block.stop :])
-        scales = columns[block]
-        for stop in range(target.shape[1], 0, -FEW):
-            some = slice(max(0, stop - FEW), stop)
-            here = slice(block.start + some.start, block.start + some.stop)
-            spread = factor.spread[:, here, block]
-            _round_columns(
-                target[:, some],
-                Scales(scales.scale[:, some], scales.offset[:, some]),
-                grid,
-                spread[:, :, some],
-                w[:, here],
-                codes[:, here],
-                error[:, here],
-            )
-            target[:, : some.start].baddbmm_(spread[:, :, : some.start].mT, error[:, here])
-        cost += spread_cost(target, factor, block)
-    return codes, factor.undamped(cost, error)
-
-
-def _round_columns(
-    target: Tensor, scales: Scales, grid: AffineGrid, spread: Tensor, w: Tensor, codes: Tensor, error: Tensor
-) -> None:
-    """Round the targets of a few columns [E, M, N], the last one first, each one's error spread into those before it.
-
-    Writes `codes` and the `error` against the weights `w`; leaves in `target` what each missed its target by. On a
-    CPU that is one compiled loop.
-    """
-    if target.device.type != "cpu":
-        _round_one_by_one(target, scales, grid, spread, w, codes, error)
-        return
-    tensors = (target, scales.scale, scales.offset, spread, w, codes, error)
-    _core.round_columns(grid.compiled, *(x.numpy() for x in tensors))
-
-
-def _round_one_by_one(
-    target: Tensor, scales: Scales, grid: AffineGrid, spread: Tensor, w: Tensor, codes: Tensor, error: Tensor
-) -> None:
-    """`_round_columns` on any device."""
-    for i in range(target.shape[1] - 1, -1, -1):
-        scale, offset = scales.scale[:, i], scales.offset[:, i]  # [E, N]
-        code = grid.round(target[:, i], scale, offset)
-        value = grid.value(code, scale, offset)
-        codes[:, i] = code
-        target[:, i] -= value
-        torch.sub(w[:, i], value, out=error[:, i])
-        if i:
-            target[:, :i].addcmul_(spread[:, i, :i, None], error[:, i, None])
-
-
-def _rounding_error(w: Tensor, grid: AffineGrid, columns: _Columns) -> Tensor:
-    """What w [E, K, N] loses by rounding to nearest, [E, K, N]."""
-    error = torch.empty_like(w)
-    for block in _blocks(w.shape[1]):
-        scales = columns[block]
-        code = grid.round(w[:, block], scales.scale, scales.offset)
-        torch.sub(w[:, block], grid.value(code, scales.scale, scales.offset), out=error[:, block])
-    return error
 
 
 def solve(
@@ -237,7 +175,7 @@ def solve_stack(
     each = [grids] * len(weights) if isinstance(grids, AffineGrid) else list(grids)
 
     def solve_part(part: slice) -> list[list[Solution]]:
-        return _solve_stack([w[part] for w in weights], hessian[part], each, damp_percent, desc_act)
+        return solve_input([w[part] for w in weights], Input.of(hessian[part], damp_percent), each, desc_act)
 
     e = len(hessian)
     step = -(-e // torch.get_num_threads()) if hessian.device.type == "cpu" else e
@@ -245,24 +183,19 @@ def solve_stack(
     return [solution for found in each_on_its_thread(solve_part, parts) for solution in found]
 
 
-def _solve_stack(
-    weights: list[Tensor], hessian: Tensor, grids: list[AffineGrid], damp_percent: float, desc_act: bool
+def solve_input(
+    weights: list[Tensor], shared: Input, grids: Sequence[AffineGrid], desc_act: bool = False
 ) -> list[list[Solution]]:
-    """`solve_stack` on this thread: the Hessian is factored once, whatever the grids."""
-    diagonal = torch.diagonal(hessian, dim1=1, dim2=2)
-    # Damped as the solve is: an input that calibration never saw may still come alive later.
-    importance = diagonal + (damp_percent * diagonal.mean(-1, keepdim=True)).clamp(min=1e-12)  # [E, K]
-    order = torch.argsort(importance, dim=-1, descending=True, stable=True).flip(-1)  # [E, K]
-    factor = factorise(_select(_select(hessian, order).mT, order), damp_percent)
+    """`solve_stack` on this thread, of an input that is factored already; one grid for each weight."""
     members: dict[str, list[int]] = {}
     for index, grid in enumerate(grids):
         members.setdefault(grid.name, []).append(index)
     solved: dict[int, list[Solution]] = {}
     for indices in members.values():
-        problem = _Problem(grids[indices[0]], importance, order, factor, desc_act)
+        problem = _Problem(grids[indices[0]], shared, desc_act)
         found = _solve_together(problem, [weights[index] for index in indices])
         solved |= dict(zip(indices, found, strict=True))
-    return [[solved[index][e] for index in range(len(weights))] for e in range(len(hessian))]
+    return [[solved[index][e] for index in range(len(weights))] for e in range(len(shared.order))]
 
 
 def _solve_together(problem: _Problem, weights: list[Tensor]) -> list[list[Solution]]:
@@ -278,16 +211,14 @@ def _solve_together(problem: _Problem, weights: list[Tensor]) -> list[list[Solut
     for weight in weights:
         rows = slice(start, start + weight.shape[1])
         start = rows.stop
-        size = found.size[:, rows].sum(-1).clamp(min=1e-30)
-        errors = (found.cost[:, rows].sum(-1) / size).tolist()
-        rtn_errors = (found.rtn_cost[:, rows].sum(-1) / size).tolist()
         solutions.append([])
         for e in range(len(w)):
             scales = Scales(found.scales.scale[e, rows], found.scales.offset[e, rows])
             group_index = None if index is None else index[e]
             tensor = QuantizedTensor(problem.grid, found.codes[e, rows], scales, group_index)
             fallback = FALLBACK if factor.failed[e] else ""
-            solutions[-1].append(Solution(tensor, errors[e], rtn_errors[e], factor.dampings[e], fallback))
+            costs = (found.cost[e, rows], found.rtn_cost[e, rows], found.size[e, rows])
+            solutions[-1].append(Solution(tensor, *costs, factor.dampings[e], fallback))
     return solutions
 
 

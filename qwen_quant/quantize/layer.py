@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from qwen_quant.grids.base import QuantizedTensor
+from qwen_quant.quantize.gptq import Solution
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,20 @@ class LinearReport:
     fallback: str = ""
     pooled: float = 0.0
 
+    @classmethod
+    def of(cls, name: str, solution: Solution, tokens: int, pooled: float = 0.0) -> LinearReport:
+        """The report of a solved weight."""
+        return cls(
+            name,
+            solution.tensor.grid.name,
+            solution.error,
+            solution.rtn_error,
+            solution.damping,
+            tokens,
+            solution.fallback,
+            pooled,
+        )
+
 
 class Stopwatch:
     """Where time goes: `lap(part)` adds the seconds since the last lap to `seconds[part]`."""
@@ -40,7 +55,8 @@ class Stopwatch:
 
 @dataclass
 class QuantizedLayer:
-    """The quantized weights of one decoder layer by tensor name (NumPy), and their reports.
+    """The quantized weights of one decoder layer by tensor name (NumPy), and their reports; `layer` is -1 for those
+    outside the layers.
 
     `parts` says how the `seconds` divide into reading, forward passes, Hessians and solving.
     """

@@ -6,7 +6,7 @@ same activations share one Hessian and one solve. Experts are read, solved, run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,16 @@ from qwen_quant.quantize.recipe import GridChoice, Recipe
 from qwen_quant.spec import TensorInfo
 
 TOKENS_AT_ONCE = 4096  # calibration tokens per forward pass: bounds activations beside the hidden states
+
+
+def batches_of(hidden: Tensor) -> tuple[Tensor, ...]:
+    """Views of `hidden` [samples, seq, hidden] for one forward pass each; writing to one writes to `hidden`."""
+    return hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1]))
+
+
+def recipe_record(recipe: Recipe, grids: Mapping[str, AffineGrid]) -> dict[str, Any]:
+    """What decides a result beside weights and data: the recipe, and the grid of each tensor."""
+    return recipe.record() | {name: grid.name for name, grid in grids.items()}
 
 
 class LayerRun:
@@ -60,7 +70,7 @@ class LayerRun:
 
     def recipe_record(self) -> dict[str, Any]:
         """What decides the result beside weights and data."""
-        return self.recipe.record() | {name: grid.name for name, grid in self.chosen_grids().items()}
+        return recipe_record(self.recipe, self.chosen_grids())
 
     def weights(self) -> Iterator[tuple[str, np.ndarray]]:
         """The layer's full-precision weights one by one; experts are not in memory yet and come from the files."""
@@ -69,7 +79,7 @@ class LayerRun:
 
     def solve_all(self, hidden: Tensor, table: tuple[Tensor, Tensor]) -> QuantizedLayer:
         """Quantize the layer and carry `hidden` [samples, seq, hidden] through it, in place."""
-        layer, names, batches = self.layer, self.spec.names, self._batches(hidden)
+        layer, names, batches = self.layer, self.spec.names, batches_of(hidden)
 
         moments = self._moments(names.qkv, (layer.attention_input(part) for part in batches))
         self._quantize(names.qkv, moments)
@@ -150,7 +160,7 @@ class LayerRun:
 
     def replay(self, kept: QuantizedLayer, hidden: Tensor, table: tuple[Tensor, Tensor]) -> None:
         """Carry `hidden` through the layer with weights quantized before, by the very steps of `solve_all`."""
-        layer, batches = self.layer, self._batches(hidden)
+        layer, batches = self.layer, batches_of(hidden)
 
         def restore(expert: int) -> None:
             for name, tensor in kept.tensors.items():
@@ -170,10 +180,6 @@ class LayerRun:
             return
         for part in batches:
             part += layer.mlp(layer.mlp_input(part))
-
-    def _batches(self, hidden: Tensor) -> tuple[Tensor, ...]:
-        """Views of `hidden` [samples, seq, hidden] for one forward pass each; writing to one writes to `hidden`."""
-        return hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1]))
 
     def _context(self, part: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         return self.layer.attend(self.layer.attention_input(part), table)
@@ -203,8 +209,8 @@ class LayerRun:
             damp_percent=self.recipe.damp_percent,
             desc_act=self.recipe.desc_act,
         )
-        for (name, grid), solution in zip(grids.items(), solutions, strict=True):
-            self._keep(name, grid, solution, moments.n_tokens)
+        for name, solution in zip(grids, solutions, strict=True):
+            self._keep(name, solution, moments.n_tokens)
         self.watch.lap("solve")
 
     def _grids_of(self, names: tuple[str, ...]) -> dict[str, AffineGrid]:
@@ -244,28 +250,15 @@ class LayerRun:
             desc_act=self.recipe.desc_act,
         )
         for e, own, share, solutions in zip(experts, moments, shares, solved, strict=True):
-            for projection, grid, solution in zip(chosen, grids.values(), solutions, strict=True):
-                self._keep(f"mlp.experts.{e}.{projection}", grid, solution, own.n_tokens, share)
+            for projection, solution in zip(chosen, solutions, strict=True):
+                self._keep(f"mlp.experts.{e}.{projection}", solution, own.n_tokens, share)
         self.watch.lap("solve")
 
-    def _keep(
-        self, name: str, grid: AffineGrid, solution: Solution, tokens: int, pooled: float = 0.0
-    ) -> None:
+    def _keep(self, name: str, solution: Solution, tokens: int, pooled: float = 0.0) -> None:
         full = f"{self.prefix}{name}.weight"
         self._linear(name).weight.data = solution.tensor.decode()
         self.result.tensors[full] = _to_numpy(solution.tensor)
-        self.result.reports.append(
-            LinearReport(
-                full,
-                grid.name,
-                solution.error,
-                solution.rtn_error,
-                solution.damping,
-                tokens,
-                solution.fallback,
-                pooled,
-            )
-        )
+        self.result.reports.append(LinearReport.of(full, solution, tokens, pooled))
 
 
 def _to_numpy(tensor: QuantizedTensor) -> QuantizedTensor:

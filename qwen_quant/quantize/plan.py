@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from qwen_quant.errors import ResourceError
 from qwen_quant.quantize.plan_layer import (
+    CODE,
     FLOAT,
     PIECE,
     PLAIN,
@@ -19,7 +20,10 @@ from qwen_quant.quantize.plan_layer import (
     Work,
     copied_layer,
     copy_work,
+    hessian_and_solve,
     largest,
+    packing_bytes,
+    solve_bytes,
 )
 from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.quantize.stored import StoredTensor
@@ -84,7 +88,7 @@ def plan_run(
         tuple(tensors),
         tuple(layers),
         _outer_stage(spec, outer, tokens),
-        copy_work(outer),
+        _outer_work(spec, outer, tokens),
         base,
         keep_contexts,
         FLOAT * tokens * spec.hidden_size,
@@ -129,11 +133,26 @@ def size(nbytes: float) -> str:
 
 
 def _outer_stage(spec: ModelSpec, tensors: list[StoredTensor], tokens: int) -> Stage:
-    """Embedding the calibration tokens (each distinct row twice), or copying embedding and head in pieces."""
+    """Embedding the calibration tokens (each distinct row twice), solving embedding and head in pieces, or copying
+    them so."""
     rows = min(tokens, spec.vocab_size)
     embedding = FLOAT * spec.hidden_size * (tokens + 2 * rows) + 4 * PIECE if tokens else 0
     floats = max(PLAIN if tensor.quantized else 3 for tensor in tensors)
     copying = FLOAT * floats * min(PIECE // 2, largest(tensors))
-    return Stage(
-        "embedding" if embedding > copying else "writing embedding and head", max(embedding, copying)
-    )
+    stages = [Stage("embedding", embedding), Stage("writing embedding and head", copying)]
+    if tokens:
+        solved = [tensor for tensor in tensors if tensor.quantized]
+        held = FLOAT * tokens * spec.hidden_size + CODE * sum(tensor.weights for tensor in solved)
+        piece = min(PIECE // 2 // spec.hidden_size, spec.vocab_size)
+        need = held + max((solve_bytes(1, piece, spec.hidden_size) for _ in solved), default=0)
+        stages.append(Stage("solving embedding and head", need + max(map(packing_bytes, solved), default=0)))
+    return max(stages, key=lambda stage: stage.nbytes)
+
+
+def _outer_work(spec: ModelSpec, tensors: list[StoredTensor], tokens: int) -> Work:
+    """A head (or tied embedding) is solved like other linears; an embedding alone is only rounded."""
+    work = copy_work(tensors)
+    for tensor in tensors:
+        if tokens and tensor.quantized and (tensor.info.role == "head" or spec.tie_word_embeddings):
+            work += hessian_and_solve(1, tokens, spec.vocab_size, spec.hidden_size)
+    return work

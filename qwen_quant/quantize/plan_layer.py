@@ -85,10 +85,13 @@ def largest(tensors: list[StoredTensor]) -> int:
 
 
 def _packing(tensors: list[StoredTensor]) -> float:
-    """Bytes to pack the largest quantized tensor: its codes turned, and a byte for each of their bits."""
-    return max(
-        (math.prod(t.info.shape) * (2 + 1.5 * t.bits_per_weight) for t in tensors if t.quantized), default=0
-    )
+    """Bytes to pack the largest quantized tensor."""
+    return max((packing_bytes(tensor) for tensor in tensors if tensor.quantized), default=0)
+
+
+def packing_bytes(tensor: StoredTensor) -> float:
+    """Bytes to pack a tensor: its codes turned, and a byte for each of their bits."""
+    return math.prod(tensor.info.shape) * (2 + 1.5 * tensor.bits_per_weight)
 
 
 def copied_layer(layer: int, tensors: list[StoredTensor]) -> LayerPlan:
@@ -139,9 +142,9 @@ class CalibratedLayer:
         activations = FLOAT * at_once * (ATTENTION_FLOATS * qkv + 3 * hidden_size)
         solved = CODE * (qkv * hidden_size)
         yield Stage("reading", hidden + FLOAT * _weights(resident) + 3 * largest(resident))
-        yield Stage("solving q, k and v", held + _solve(1, qkv, hidden_size))
+        yield Stage("solving q, k and v", held + solve_bytes(1, qkv, hidden_size))
         yield Stage("attention", held + solved + contexts + activations + FLOAT * q * q)
-        yield Stage("solving o", held + solved + contexts + _solve(1, hidden_size, q))
+        yield Stage("solving o", held + solved + contexts + solve_bytes(1, hidden_size, q))
         codes = CODE * _weights([t for t in self.tensors if t.quantized])
         if self.moe is None:
             yield from self._mlp("", held + solved, spec.intermediate_size)
@@ -157,11 +160,11 @@ class CalibratedLayer:
 
     def _mlp(self, whose: str, held: float, ffn: int) -> Iterator[Stage]:
         hidden_size = self.spec.hidden_size
-        yield Stage(f"solving {whose}gate and up", held + _solve(1, 2 * ffn, hidden_size))
+        yield Stage(f"solving {whose}gate and up", held + solve_bytes(1, 2 * ffn, hidden_size))
         held += CODE * 2 * ffn * hidden_size
         activations = self.at_once * (MLP_FLOATS * ffn + 3 * hidden_size)
         yield Stage(f"running {whose}gate and up", held + FLOAT * (activations + ffn * ffn))
-        yield Stage(f"solving {whose}down", held + _solve(1, hidden_size, ffn))
+        yield Stage(f"solving {whose}down", held + solve_bytes(1, hidden_size, ffn))
 
     def _experts(self, moe: MoESpec, held: float) -> Iterator[Stage]:
         """The largest group of experts, whose tokens are at most those of a forward pass at a time."""
@@ -172,7 +175,7 @@ class CalibratedLayer:
         for name, rows, columns in (("gate and up", 2 * ffn, hidden_size), ("down", hidden_size, ffn)):
             stack = FLOAT * together * rows * columns
             moments = FLOAT * together * columns * columns  # of each expert, beside the stack of them all
-            solving = _solve(together, rows, columns) + stack + moments
+            solving = solve_bytes(together, rows, columns) + stack + moments
             running = FLOAT * activations + moments
             yield Stage(f"solving {name} of {together} experts", held + max(solving, running))
 
@@ -182,9 +185,7 @@ class CalibratedLayer:
         passes = 1 if self.keep_contexts else 2
         attention = 2 * tokens * hidden_size * qkv + 4 * tokens * self.recipe.seq_len * q
         work = Work(matmul=passes * attention + 2 * tokens * q * hidden_size)
-        work += _hessian_and_solve(1, tokens, qkv, hidden_size) + _hessian_and_solve(
-            1, tokens, hidden_size, q
-        )
+        work += hessian_and_solve(1, tokens, qkv, hidden_size) + hessian_and_solve(1, tokens, hidden_size, q)
         if self.moe is None:
             work += self._mlp_work(1, tokens, spec.intermediate_size)
         else:
@@ -208,12 +209,12 @@ class CalibratedLayer:
         hidden_size = self.spec.hidden_size
         return (
             Work(matmul=count * tokens * 10 * hidden_size * ffn)
-            + _hessian_and_solve(count, tokens, 2 * ffn, hidden_size)
-            + _hessian_and_solve(count, tokens, hidden_size, ffn)
+            + hessian_and_solve(count, tokens, 2 * ffn, hidden_size)
+            + hessian_and_solve(count, tokens, hidden_size, ffn)
         )
 
 
-def _solve(problems: int, rows: int, columns: int) -> float:
+def solve_bytes(problems: int, rows: int, columns: int) -> float:
     """Bytes of a solve: its Hessians and the solver's own."""
     weights, hessians = problems * rows * columns, problems * columns * columns
     parts = min(weights, FLOATS_AT_ONCE * min(problems, torch.get_num_threads()))
@@ -221,7 +222,7 @@ def _solve(problems: int, rows: int, columns: int) -> float:
     return FLOAT * (own + hessians)
 
 
-def _hessian_and_solve(problems: int, tokens: float, rows: int, columns: int) -> Work:
+def hessian_and_solve(problems: int, tokens: float, rows: int, columns: int) -> Work:
     """A Hessian of `tokens`, its factorisation (K³/3), spreading errors and measuring two of them (N·K² each)."""
     k2 = columns**2
     return Work(

@@ -53,7 +53,7 @@ class LayerStore:
         self.folder = Path(folder)
 
     def _path(self, layer: int) -> Path:
-        return self.folder / f"layer-{layer:05d}.safetensors"
+        return self.folder / ("outer.safetensors" if layer < 0 else f"layer-{layer:05d}.safetensors")
 
     def save(self, result: QuantizedLayer, marks: Fingerprint) -> None:
         """Keep a finished layer; it is on disk whole or not at all."""

@@ -18,7 +18,8 @@ from qwen_quant.model import new_rotary
 from qwen_quant.progress import progress
 from qwen_quant.quantize.calibration import fast_matmul
 from qwen_quant.quantize.layer import QuantizedLayer
-from qwen_quant.quantize.layer_run import LayerRun
+from qwen_quant.quantize.layer_run import LayerRun, batches_of, recipe_record
+from qwen_quant.quantize.outer import OUTER, outer_grids, solve_outer
 from qwen_quant.quantize.recipe import GridChoice, Recipe
 from qwen_quant.quantize.resume import LayerStore, fingerprint
 
@@ -63,7 +64,8 @@ def gptq_layers(
     store: LayerStore | None = None,
     keep_contexts: bool = True,
 ) -> Iterator[QuantizedLayer]:
-    """Solve every chosen linear of every decoder layer with GPTQ, calibrated on windows [samples, seq_len].
+    """Solve every chosen linear of every decoder layer with GPTQ, calibrated on windows [samples, seq_len]; then
+    what is chosen outside the layers, if anything is.
 
     Finished layers are kept in `store`, and taken from it when it has them: the result is the same to the bit. So
     it is without `keep_contexts`, where attention is computed twice instead of being kept for all windows.
@@ -72,7 +74,7 @@ def gptq_layers(
     spec = checkpoint.spec
     device = pick_device(recipe.device)
     require_full_precision(checkpoint)
-    hidden = _embed(checkpoint, windows).to(device)  # [samples, seq, hidden]
+    hidden = embedded(checkpoint, windows).to(device)  # [samples, seq, hidden]
     table = new_rotary(spec).to(device)(0, windows.shape[1])
 
     def solved(index: int) -> QuantizedLayer:
@@ -80,12 +82,18 @@ def gptq_layers(
         run = LayerRun(checkpoint, index, grids, recipe, device, keep_contexts)
         return _stored_or_solved(run, store, hidden, table)
 
-    with progress("GPTQ", spec.num_hidden_layers) as advance, torch.no_grad():
+    outer = outer_grids(checkpoint, grids)
+    with progress("GPTQ", spec.num_hidden_layers + bool(outer)) as advance, torch.no_grad():
         for index in range(spec.num_hidden_layers):
             with fast_matmul():
                 result = solved(index)
             yield result
             advance(1, f"layer {index}")
+        if outer:
+            with fast_matmul():
+                result = _stored_or_solved_outer(checkpoint, grids, recipe, store, hidden)
+            yield result
+            advance(1, "embedding and head")
 
 
 def _stored_or_solved(
@@ -106,7 +114,26 @@ def _stored_or_solved(
     return result
 
 
-def _embed(checkpoint: Checkpoint, windows: np.ndarray) -> Tensor:
+def _stored_or_solved_outer(
+    checkpoint: Checkpoint, grids: GridChoice, recipe: Recipe, store: LayerStore | None, hidden: Tensor
+) -> QuantizedLayer:
+    """The same for what lies outside the layers; `hidden` came out of the last one."""
+    chosen = outer_grids(checkpoint, grids)
+    marks = {}
+    if store is not None:
+        names = (*chosen, f"{checkpoint.spec.names.norm}.weight")
+        weights = ((name, part) for name in names for part in checkpoint.source.raw_chunks(name))
+        marks = fingerprint(hidden, weights, recipe_record(recipe, chosen))
+        kept = store.load(OUTER, chosen, marks)
+        if kept is not None:
+            return kept
+    result = solve_outer(checkpoint, grids, recipe, batches_of(hidden))
+    if store is not None:
+        store.save(result, marks)
+    return result
+
+
+def embedded(checkpoint: Checkpoint, windows: np.ndarray) -> Tensor:
     """Embeddings [samples, seq, hidden] float32 of token windows."""
     if windows.max() >= checkpoint.spec.vocab_size:
         raise CalibrationError(

@@ -48,9 +48,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 SHAPE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "vocab_size": 4112}
 TYPES = (
-    "Q2_K Q2_K_S Q3_K_S Q3_K_M Q3_K_L Q3_K Q4_K_S Q4_K_M Q4_K Q5_K_S Q5_K_M Q5_K Q6_K IQ4_NL IQ4_XS "
-    "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0"
-).split()
+    *("Q2_K", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"),
+    *("Q3_K", "Q4_K", "Q5_K", "IQ4_NL", "IQ4_XS", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+)
 # With options, all of the first model but one.
 OPTIONS: dict[str, tuple[str, list[str]]] = {
     "pure": ("qwen3, 9 layers, untied", ["--pure"]),
@@ -62,7 +62,11 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "tied head": ("qwen3, 4 layers", ["--output-tensor-type", "q5_k"]),
     "tensor types": (
         "qwen3, 16 layers, 4 queries a value",
-        ["--tensor-type", r"blk\.[0-5]\.ffn_down=q8_0", "--tensor-type", "attn_[qk]=iq4_xs", "--tensor-type", "blk.1.attn_v=q5_0"],
+        [
+            *("--tensor-type", r"blk\.[0-5]\.ffn_down=q8_0"),
+            *("--tensor-type", "attn_[qk]=iq4_xs"),
+            *("--tensor-type", "blk.1.attn_v=q5_0"),
+        ],
     ),
     "experts by type": ("qwen2moe, 6 experts", ["--tensor-type", "ffn_down_exps=q6_k"]),
 }  # fmt: skip

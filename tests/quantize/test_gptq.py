@@ -10,7 +10,7 @@ from qwen_quant.grids import Q4_0, Q4_1, Q8_0, IntGrid
 from qwen_quant.grids.base import AffineGrid
 from qwen_quant.grids.iq4 import IQ4_NL, IQ4_XS
 from qwen_quant.grids.k_quants import Q3_K, Q4_K, Q5_K, Q6_K
-from qwen_quant.quantize import gptq
+from qwen_quant.quantize import compensate, gptq
 from qwen_quant.quantize.factor import factorise, output_error
 from qwen_quant.quantize.gptq import solve, solve_stack
 
@@ -59,7 +59,7 @@ def textbook(w: torch.Tensor, hessian: torch.Tensor, grid: AffineGrid, damp: flo
 def test_the_compiled_loop_rounds_as_torch_does(grid: AffineGrid, monkeypatch: pytest.MonkeyPatch) -> None:
     w, hessian = problem(k=256)
     [compiled] = solve([w], hessian, grid)
-    monkeypatch.setattr(gptq, "_round_columns", gptq._round_one_by_one)
+    monkeypatch.setattr(compensate, "_round_columns", compensate._round_one_by_one)
     [expected] = solve([w], hessian, grid)
     # Sums are rounded in another order: a value between two codes may fall to the other one.
     assert (compiled.tensor.codes != expected.tensor.codes).float().mean() < 0.01
