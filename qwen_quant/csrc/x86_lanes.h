@@ -2,24 +2,14 @@
 // activations, each lane with its own row of packed weights.
 #pragma once
 
-#include "quant_blocks.h"
+#include "lanes.h"
 #include "x86_blocks.h"
-
-// For functions that must disappear into the loop over a tile, or its sums would be kept in memory.
-#define QQ_INLINE inline QQ_LAMBDA_INLINE
-#define QQ_LAMBDA_INLINE __attribute__((always_inline))
 
 namespace qq {
 
 namespace {
 
-inline int32_t load_i32(const uint8_t* p) {
-    int32_t value;
-    std::memcpy(&value, p, sizeof value);
-    return value;
-}
-
-struct NoScale {};
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
 #ifdef __AVX512VNNI__
 
@@ -173,16 +163,6 @@ struct SignedSum : LaneSum {
 };
 
 #endif
-
-// Calls visit(r0, r1) for parts of the rows, multiples of `unit`, that stay in the second-level cache while all tokens
-// pass by; the activations of one tile stay in the first-level cache while these rows pass by.
-template <class Visit>
-inline void for_each_part(const MatmulArgs& a, int64_t unit, Visit visit) {
-    constexpr int64_t kPart = 256 << 10;
-    const int64_t unit_bytes = unit * static_cast<int64_t>(a.row_bytes);
-    const int64_t step = (kPart + unit_bytes - 1) / unit_bytes * unit;
-    for (int64_t r = 0; r < a.n_rows; r += step) visit(r, r + step < a.n_rows ? r + step : a.n_rows);
-}
 
 }  // namespace
 

@@ -65,7 +65,9 @@ def test_mixed_types(tiny_model: TinyModels, mix: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", _core.cpu_isas())
-@pytest.mark.parametrize("tensor_type", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize(
+    "tensor_type", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "Q5_0", "Q5_1"]
+)
 def test_experts(tiny_model: TinyModels, tensor_type: str, isa: str) -> None:
     """The down projections are of another type than what feeds them."""
     types = {"ffn_down_exps": "Q6_K"}
