@@ -1,6 +1,9 @@
 // What the lanes of every instruction set share. An instruction set's own header (x86_lanes.h, neon_lanes.h) includes
 // this one, and is included before packed_types.h and packed_tiles.h. Everything is in an unnamed namespace, because
 // each file that includes it is compiled for another instruction set.
+//
+// A tile of a product has kPackedTokens tokens and kGroups groups of rows: kGroupsOfHalves where the type has scales
+// for 16 weights, kGroupsAlone with a single token.
 #pragma once
 
 #include <cstring>

@@ -10,7 +10,7 @@ namespace qq {
 namespace {
 
 constexpr int64_t kLanes = 4;
-constexpr int kGroupTile = 2, kPackedTokens = 4;
+constexpr int kPackedTokens = 4, kGroups = 2, kGroupsOfHalves = 2, kGroupsAlone = 2;
 using LaneFloats = float32x4_t;
 using LaneInts = int32x4_t;
 

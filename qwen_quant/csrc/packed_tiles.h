@@ -2,6 +2,7 @@
 // nothing is added across lanes, and a block of codes is unpacked once for several tokens.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "packed_types.h"
@@ -141,22 +142,28 @@ inline void packed_tile(const MatmulArgs& a, int64_t r0, int64_t t0) {
     }
 }
 
+template <class W, int T>
+constexpr int groups_in_tile() {
+    return T == 1 ? kGroupsAlone : W::kGroup < kBlock ? kGroupsOfHalves : kGroups;
+}
+
 // Rows [r0, r1) and the tokens from t0 on, T at a time, then what is left in smaller tiles.
 template <class W, int T>
 inline void packed_rows(const MatmulArgs& a, int64_t r0, int64_t r1, int64_t t0) {
+    constexpr int G = groups_in_tile<W, T>();
     for (; t0 + T <= a.n_tokens; t0 += T) {
-        for (int64_t r = r0; r < r1; r += kGroupTile * kLanes) packed_tile<W, kGroupTile, T>(a, r, t0);
+        for (int64_t r = r0; r < r1; r += G * kLanes) packed_tile<W, G, T>(a, r, t0);
     }
     if constexpr (T > 1) packed_rows<W, T / 2>(a, r0, r1, t0);
 }
 
 template <class W>
 void matmul_packed(const MatmulArgs& a) {
-    constexpr int64_t kTile = kGroupTile * kLanes;
+    constexpr int64_t kTile = groups_in_tile<W, kPackedTokens>() * kLanes;
     MatmulArgs whole = a;
     whole.n_rows = a.n_rows / kTile * kTile;
     for_each_part(whole, kTile, [&](int64_t r0, int64_t r1) { packed_rows<W, kPackedTokens>(a, r0, r1, 0); });
-    // Groups that fill no tile are at most one tile less a row: not worth code of their own for several tokens.
+    // The last rows, fewer than a tile has, are not worth code of their own for several tokens.
     for (int64_t t = 0; t < a.n_tokens; ++t) {
         for (int64_t r = whole.n_rows; r < a.n_rows; r += kLanes) packed_tile<W, 1, 1>(a, r, t);
     }

@@ -1,9 +1,9 @@
 // How packed blocks of each type become codes in bytes, and scales and minima in lanes, whatever the instruction set
 // (lanes.h).
 //
-// A block is taken in kChunks chunks of kSteps steps of 32 weights; the steps of a chunk share bytes. codes<J, I>(words,
-// c, a, b) brings out two of the eight words of codes of step J in chunk c, first(I) and second(I). With the step's
-// activations x the step adds up to
+// A block is taken in kChunks chunks of kSteps steps of 32 weights; the steps of a chunk share bytes.
+// codes<J, I>(words, c, a, b) brings out two of the eight words of codes of step J in chunk c, first(I) and second(I).
+// With the step's activations x the step adds up to
 //     d * (start + sum over groups of scale<J>(p, c, group) * codes * x) + sum of minimum<J>(p, c, i) * sum of x.
 // kGroup says how many codes share a scale (a type whose blocks have a single scale is not kScaled), kMinima how many
 // minima a step has: none, one, or one for each half.
@@ -168,7 +168,9 @@ struct PackedQ2_K : PackedBlock<2, 16, 16, 2, 4>, WordByWord<PackedQ2_K>, Scaled
         return bits_of<2, 2 * J, 0>(word(words, 8 * c + w));
     }
     template <int J>
-    static LaneInts scale(const uint8_t* p, int c, int group) { return nibble_of_lane<0>(byte(p, 8 * c + 2 * J + group)); }
+    static LaneInts scale(const uint8_t* p, int c, int group) {
+        return nibble_of_lane<0>(byte(p, 8 * c + 2 * J + group));
+    }
     template <int J>
     static LaneFloats minimum(const uint8_t* p, int c, int i) {
         return multiply(to_floats(nibble_of_lane<4>(byte(p, 8 * c + 2 * J + i))), times(-1.0f, half(p, 1)));

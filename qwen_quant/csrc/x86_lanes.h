@@ -14,7 +14,8 @@ inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const cha
 #ifdef __AVX512VNNI__
 
 constexpr int64_t kLanes = 16;
-constexpr int kGroupTile = 2, kPackedTokens = 6;  // 12 sums of integers, 12 of floats, and what feeds them
+// 12 sums of integers, 12 of floats, and what feeds them
+constexpr int kPackedTokens = 6, kGroups = 2, kGroupsOfHalves = 2, kGroupsAlone = 2;
 using LaneFloats = __m512;
 using LaneInts = __m512i;
 
@@ -86,7 +87,8 @@ using SignedSum = UnsignedSum<255>;
 #else
 
 constexpr int64_t kLanes = 8;
-constexpr int kGroupTile = 1, kPackedTokens = 4;
+// 8 sums of integers and what feeds them; the floats wait in memory. Where scales for 16 make that two sums each, 4.
+constexpr int kPackedTokens = 4, kGroups = 2, kGroupsOfHalves = 1, kGroupsAlone = 1;
 using LaneFloats = __m256;
 using LaneInts = __m256i;
 

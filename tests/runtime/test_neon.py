@@ -20,7 +20,7 @@ def test_packed_kernels(tmp_path: Path) -> None:
     program = tmp_path / "check_kernels"
     subprocess.run(
         [
-            COMPILER, "-std=c++17", "-O1", "-static", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
+            COMPILER, "-std=c++17", "-O0", "-static", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
             "-march=armv8.2-a+dotprod", "-DQQ_NEON", "-DQQ_CHECKED=neon_kernels", f"-I{CSRC}", "-o", program,
             HERE / "check_kernels.cpp", *(CSRC / name for name in SOURCES),
         ],
