@@ -6,9 +6,8 @@
 #include "x86_attention.h"
 #include "x86_elementwise.h"
 #include "x86_floats.h"
-#include "x86_lanes.h"
 #include "x86_matmul.h"
-// After the lanes:
+// After x86_lanes.h, which those above include:
 #include "packed_tiles.h"
 
 namespace qq {
