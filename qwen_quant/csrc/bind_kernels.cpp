@@ -91,7 +91,9 @@ FloatArray matmul(const std::string& type, const Bytes& weights, int64_t n_rows,
     const int64_t cols = static_cast<int64_t>(x.shape(1));
     if (n_rows < 1 || cols < 1 || n_rows > (int64_t{1} << 40) / cols) throw RunError("impossible matrix shape");
     const size_t bytes = checked_bytes(type, n_rows * cols, weights.shape(0));
-    if (cols % type_info(type_id(type))->block) throw RunError(type + ": a row of " + std::to_string(cols) + " weights is not whole blocks");
+    if (cols % type_info(type_id(type))->block) {
+        throw RunError(type + ": a row of " + std::to_string(cols) + " weights is not whole blocks");
+    }
     if (packed && !t.matmul_packed) throw RunError(isa + " has no packed " + type);
     const PlainRows rows{weights.data(), n_rows, bytes / static_cast<size_t>(n_rows)};
     const size_t row_bytes = packed ? packed_row_bytes(type_id(type), cols) : rows.row_bytes;

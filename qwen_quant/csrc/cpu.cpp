@@ -1,6 +1,11 @@
 // Chooses the kernels at run time.
 #include <cstring>
 
+#if defined(QQ_NEON) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "kernels.h"
 
 namespace qq {
@@ -8,6 +13,16 @@ namespace qq {
 namespace {
 
 constexpr int kMaxIsas = 4;
+
+#ifdef QQ_NEON
+bool has_dot_products() {
+#ifdef __linux__
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+    return true;  // every 64-bit Arm that Apple built into a computer
+#endif
+}
+#endif
 
 struct Available {
     const Kernels* kernels[kMaxIsas] = {};
@@ -31,6 +46,9 @@ struct Available {
             __builtin_cpu_supports("avx512vnni")) {
             add(avx512vnni_kernels());
         }
+#endif
+#ifdef QQ_NEON
+        if (has_dot_products()) add(neon_kernels());
 #endif
     }
 };

@@ -12,9 +12,10 @@ namespace qq {
 
 constexpr int64_t kHalfBlock = 16;  // the smallest group of weights with a scale of its own
 
-// Where the parts of a row of k activations as int8 lie, in bytes from its begin. x ~ scale * code with scale = max|x| /
-// 127 of 32 neighbours, for weights of every block type. The int8 codes come first; what follows after half_sums is
-// made from these three, once for all the rows of weights.
+// Where the parts of a row of k activations as int8 lie, in bytes from its begin. x ~ scale * code with scale =
+// max|x| / 127 of 32 neighbours, for weights of every block type: finer than the 256 that llama.cpp takes for K-quants,
+// and one row serves matrices of different types. The int8 codes come first; what follows after half_sums is made from
+// these three, once for all the rows of weights.
 struct Q8Row {
     int64_t scales;            // float [k / 32]
     int64_t half_sums;         // int32 [k / 16]: sums of 16 codes
@@ -114,6 +115,9 @@ const Kernels* scalar_kernels();
 #ifdef QQ_X86
 const Kernels* avx2_kernels();
 const Kernels* avx512vnni_kernels();
+#endif
+#ifdef QQ_NEON
+const Kernels* neon_kernels();
 #endif
 
 // "auto" is the best that this CPU can run; nullptr for a name that is unknown or cannot run here.

@@ -8,23 +8,16 @@
 #include "x86_floats.h"
 #include "x86_kv.h"
 #include "x86_matmul.h"
-#include "x86_packed.h"
+// After x86_lanes.h, which those above include:
+#include "packed_tiles.h"
 
 namespace qq {
 
 namespace {
 
-template <class Stored, class Packed>
+template <class Stored>
 TypeKernels blocks() {
-    return {matmul_blocks<Stored>, dequantize_blocks<Stored>, true, matmul_packed<Packed>};
-}
-
-// Matrices of these types that are too small to be packed are multiplied by the scalar kernel.
-template <uint32_t Type, class Packed>
-TypeKernels packed_only() {
-    TypeKernels kernels = scalar_kernels()->types[Type];
-    kernels.matmul_packed = matmul_packed<Packed>;
-    return kernels;
+    return {matmul_blocks<Stored>, dequantize_blocks<Stored>, true};
 }
 
 template <KvType T>
@@ -33,25 +26,16 @@ KvKernels kv_kernels() {
 }
 
 Kernels make_table() {
-    Kernels k{};
+    Kernels k = *scalar_kernels();
     k.isa = QQ_ISA_NAME;
     k.lanes = kLanes;
     k.types[kF32] = {matmul_floats<LoadF32>, dequantize_floats<LoadF32>, false};
     k.types[kF16] = {matmul_floats<LoadF16>, dequantize_floats<LoadF16>, false};
     k.types[kBF16] = {matmul_floats<LoadBF16>, dequantize_floats<LoadBF16>, false};
-    k.types[kQ8_0] = blocks<BlockQ8_0, PackedQ8_0>();
-    k.types[kQ8_0].pack_flip = kSignedCodesFlipped ? 0x80808080u : 0;
-    k.types[kQ4_0] = blocks<BlockQ4_0, PackedQ4_0>();
-    k.types[kQ4_1] = blocks<BlockQ4_1, PackedQ4_1>();
-    k.types[kQ5_0] = packed_only<kQ5_0, PackedQ5_0>();
-    k.types[kQ5_1] = packed_only<kQ5_1, PackedQ5_1>();
-    k.types[kQ2_K] = packed_only<kQ2_K, PackedQ2_K>();
-    k.types[kQ3_K] = packed_only<kQ3_K, PackedQ3_K>();
-    k.types[kQ4_K] = packed_only<kQ4_K, PackedQ4_K>();
-    k.types[kQ5_K] = packed_only<kQ5_K, PackedQ5_K>();
-    k.types[kQ6_K] = packed_only<kQ6_K, PackedQ6_K>();
-    k.types[kIQ4_NL] = packed_only<kIQ4_NL, PackedIQ4_NL>();
-    k.types[kIQ4_XS] = packed_only<kIQ4_XS, PackedIQ4_XS>();
+    k.types[kQ8_0] = blocks<BlockQ8_0>();
+    k.types[kQ4_0] = blocks<BlockQ4_0>();
+    k.types[kQ4_1] = blocks<BlockQ4_1>();
+    add_packed_kernels(k);
     k.quantize_row = quantize_row;
     k.rms_norm = rms_norm;
     k.rope = rope;

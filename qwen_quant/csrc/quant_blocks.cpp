@@ -29,13 +29,13 @@ template <size_t Halves>
 void widen_q5(const uint8_t* stored, uint8_t* wide) {
     wide = put(wide, stored, 2 * Halves);
     stored += 2 * Halves;
+    uint32_t bits;
+    std::memcpy(&bits, stored, 4);
     for (int byte = 0; byte < 4; ++byte) {
-        int bits = 0;
-        for (int i = 0; i < 8; ++i) {
-            const int code = 4 * i + byte;
-            bits |= (stored[code / 8] >> (code % 8) & 1) << i;
-        }
-        wide[byte] = static_cast<uint8_t>(bits);
+        uint32_t every_fourth = bits >> byte & 0x11111111u;
+        every_fourth = (every_fourth | every_fourth >> 3) & 0x03030303u;
+        every_fourth = (every_fourth | every_fourth >> 6) & 0x000f000fu;
+        wide[byte] = static_cast<uint8_t>(every_fourth | every_fourth >> 12);
     }
     put(wide + 4, stored + 4, 16);
 }

@@ -10,9 +10,6 @@ constexpr int kLargestBlock = 256;
 constexpr int kSmallestGroup = 16;
 constexpr size_t kLargestWideBlock = 256;  // bytes
 
-// The levels that a 4-bit code of IQ4_NL and IQ4_XS names.
-constexpr int8_t kIq4Levels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-
 // weight i = scale[i / group] * codes[i] + minimum[i / group]
 struct DecodedBlock {
     int8_t codes[kLargestBlock];

@@ -29,6 +29,9 @@ enum GgmlType : uint32_t {
 constexpr uint32_t kTypeCount = 40;
 constexpr int64_t kBlock = 32;  // activations under one int8 scale; every block of weights is a multiple of it
 
+// The levels that a 4-bit code of IQ4_NL and IQ4_XS names.
+constexpr int8_t kIq4Levels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
 struct TypeInfo {
     const char* name;
     uint32_t block;

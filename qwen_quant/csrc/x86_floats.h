@@ -8,9 +8,9 @@ namespace qq {
 namespace {
 
 #ifdef __AVX512VNNI__
-constexpr int kFloatTokens = 6;  // 4 x 6 sums and what feeds them
+constexpr int kFloatRows = 4, kFloatTokens = 6;  // sums, and registers left for what feeds them
 #else
-constexpr int kFloatTokens = 4;
+constexpr int kFloatRows = 3, kFloatTokens = 4;
 #endif
 
 // Rows [r0, r0 + R) and tokens [t0, t0 + T)
@@ -59,7 +59,7 @@ inline void tile_floats(const MatmulArgs& a, int64_t r0, int64_t t0) {
 template <class W, int T>
 inline void rows_of_floats(const MatmulArgs& a, int64_t r0, int64_t r1, int64_t t0) {
     // With nothing to share but the activations, more rows in flight hide the latencies.
-    constexpr int kRows = T == 1 ? 4 : QQ_ROW_TILE;
+    constexpr int kRows = T == 1 ? 4 : kFloatRows;
     for (; t0 + T <= a.n_tokens; t0 += T) {
         int64_t r = r0;
         for (; r + kRows <= r1; r += kRows) tile_floats<W, kRows, T>(a, r, t0);
@@ -70,7 +70,7 @@ inline void rows_of_floats(const MatmulArgs& a, int64_t r0, int64_t r1, int64_t 
 
 template <class W>
 void matmul_floats(const MatmulArgs& a) {
-    for_each_part(a, QQ_ROW_TILE, [&](int64_t r0, int64_t r1) { rows_of_floats<W, kFloatTokens>(a, r0, r1, 0); });
+    for_each_part(a, kFloatRows, [&](int64_t r0, int64_t r1) { rows_of_floats<W, kFloatTokens>(a, r0, r1, 0); });
 }
 
 }  // namespace

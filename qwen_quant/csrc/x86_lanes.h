@@ -2,29 +2,20 @@
 // activations, each lane with its own row of packed weights.
 #pragma once
 
-#include "quant_blocks.h"
+#include "lanes.h"
 #include "x86_blocks.h"
-
-// For functions that must disappear into the loop over a tile, or its sums would be kept in memory.
-#define QQ_INLINE inline QQ_LAMBDA_INLINE
-#define QQ_LAMBDA_INLINE __attribute__((always_inline))
 
 namespace qq {
 
 namespace {
 
-inline int32_t load_i32(const uint8_t* p) {
-    int32_t value;
-    std::memcpy(&value, p, sizeof value);
-    return value;
-}
-
-struct NoScale {};
+inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
 #ifdef __AVX512VNNI__
 
 constexpr int64_t kLanes = 16;
-constexpr int kGroupTile = 2, kPackedTokens = 6;  // 12 sums of integers, 12 of floats, and what feeds them
+// 12 sums of integers, 12 of floats, and what feeds them
+constexpr int kPackedTokens = 6, kGroups = 2, kGroupsOfHalves = 2, kGroupsAlone = 2;
 using LaneFloats = __m512;
 using LaneInts = __m512i;
 
@@ -96,7 +87,8 @@ using SignedSum = UnsignedSum<255>;
 #else
 
 constexpr int64_t kLanes = 8;
-constexpr int kGroupTile = 1, kPackedTokens = 4;
+// 8 sums of integers and what feeds them; the floats wait in memory. Where scales for 16 make that two sums each, 4.
+constexpr int kPackedTokens = 4, kGroups = 2, kGroupsOfHalves = 1, kGroupsAlone = 1;
 using LaneFloats = __m256;
 using LaneInts = __m256i;
 
@@ -173,16 +165,6 @@ struct SignedSum : LaneSum {
 };
 
 #endif
-
-// Calls visit(r0, r1) for parts of the rows, multiples of `unit`, that stay in the second-level cache while all tokens
-// pass by; the activations of one tile stay in the first-level cache while these rows pass by.
-template <class Visit>
-inline void for_each_part(const MatmulArgs& a, int64_t unit, Visit visit) {
-    constexpr int64_t kPart = 256 << 10;
-    const int64_t unit_bytes = unit * static_cast<int64_t>(a.row_bytes);
-    const int64_t step = (kPart + unit_bytes - 1) / unit_bytes * unit;
-    for (int64_t r = 0; r < a.n_rows; r += step) visit(r, r + step < a.n_rows ? r + step : a.n_rows);
-}
 
 }  // namespace
 

@@ -27,7 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 
-from qwen_quant.grids.gguf import GRIDS, gguf_grid
+from qwen_quant.grids.gguf import gguf_grid
 
 N_VOCAB = 96
 
@@ -186,11 +186,11 @@ def write_rope_scaling(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
 def stored_and_decoded(values: np.ndarray, tensor_type: str) -> tuple[np.ndarray, np.ndarray]:
     """Values [..., K] as a file stores them, and what the gguf package reads from that."""
     quantization = gguf.GGMLQuantizationType[tensor_type]
-    if tensor_type in GRIDS:
+    try:
+        stored = gguf.quants.quantize(values, quantization)
+    except NotImplementedError:  # the package only reads them
         grid, rows = gguf_grid(tensor_type), values.reshape(-1, values.shape[-1])
         stored = grid.pack(grid.plain_rounding(rows)).reshape(*values.shape[:-1], -1)
-    else:
-        stored = gguf.quants.quantize(values, quantization)
     return stored, np.array(gguf.quants.dequantize(stored, quantization)).reshape(values.shape)
 
 

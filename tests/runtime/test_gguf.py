@@ -165,7 +165,7 @@ def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
 
 def test_tensors_of_every_type(tiny_model: TinyModels) -> None:
     for tensor_type in _core.matmul_types():
-        model = tiny_model("qwen2", tensor_type, tied=False)
+        model = tiny_model("qwen2", tensor_type, tied=False, hidden_size=256, intermediate_size=256)
         file = GGUFFile(model.path)
         for name, weight in (
             ("output.weight", model.reference.lm_head.weight),

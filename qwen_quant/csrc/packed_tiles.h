@@ -1,10 +1,11 @@
-// x86: matrix products with packed weights (packed.h). Each lane sums up one row, so nothing is added across lanes,
-// and a block of codes is unpacked once for several tokens.
+// Matrix products with packed weights (packed.h), whatever the instruction set (lanes.h). Each lane sums up one row, so
+// nothing is added across lanes, and a block of codes is unpacked once for several tokens.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
-#include "x86_packed_types.h"
+#include "packed_types.h"
 
 namespace qq {
 
@@ -73,7 +74,7 @@ QQ_INLINE void add_minimum(const uint8_t* const (&w)[G], const uint8_t* const (&
         const LaneFloats minimum = W::template minimum<J>(w[g], c, I);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
-            acc[g][t] = multiply_add(minimum, lanes_of(LoadF32::load1(x[t] + sum)), acc[g][t]);
+            acc[g][t] = multiply_add(minimum, lanes_of(load_f32(x[t] + sum)), acc[g][t]);
         }
     }
 }
@@ -87,7 +88,7 @@ QQ_INLINE void add_step(const uint8_t* const (&w)[G], const uint8_t* const (&x)[
         const LaneFloats d = W::half(w[g], 0);
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
-            const LaneFloats scale = multiply(d, lanes_of(LoadF32::load1(x[t] + at.scales + 4 * b)));
+            const LaneFloats scale = multiply(d, lanes_of(load_f32(x[t] + at.scales + 4 * b)));
             acc[g][t] = multiply_add(sums[g][t].total(W::start(x[t], at, b)), scale, acc[g][t]);
         }
     }
@@ -126,7 +127,7 @@ inline void packed_tile(const MatmulArgs& a, int64_t r0, int64_t t0) {
         for (int c = 0; c < W::kChunks; ++c, b += W::kSteps) {
             for (int g = 0; g < G; ++g) {
                 for (int i = 0; i < kChunkBytes; i += 64) {
-                    _mm_prefetch(reinterpret_cast<const char*>(w[g]) + kAhead + c * kChunkBytes + i, _MM_HINT_T0);
+                    prefetch(w[g] + kAhead + c * kChunkBytes + i);
                 }
             }
             unrolled<W::kSteps>([&](auto step) QQ_LAMBDA_INLINE {
@@ -141,25 +142,48 @@ inline void packed_tile(const MatmulArgs& a, int64_t r0, int64_t t0) {
     }
 }
 
+template <class W, int T>
+constexpr int groups_in_tile() {
+    return T == 1 ? kGroupsAlone : W::kGroup < kBlock ? kGroupsOfHalves : kGroups;
+}
+
 // Rows [r0, r1) and the tokens from t0 on, T at a time, then what is left in smaller tiles.
 template <class W, int T>
 inline void packed_rows(const MatmulArgs& a, int64_t r0, int64_t r1, int64_t t0) {
+    constexpr int G = groups_in_tile<W, T>();
     for (; t0 + T <= a.n_tokens; t0 += T) {
-        for (int64_t r = r0; r < r1; r += kGroupTile * kLanes) packed_tile<W, kGroupTile, T>(a, r, t0);
+        for (int64_t r = r0; r < r1; r += G * kLanes) packed_tile<W, G, T>(a, r, t0);
     }
     if constexpr (T > 1) packed_rows<W, T / 2>(a, r0, r1, t0);
 }
 
 template <class W>
 void matmul_packed(const MatmulArgs& a) {
-    constexpr int64_t kTile = kGroupTile * kLanes;
+    constexpr int64_t kTile = groups_in_tile<W, kPackedTokens>() * kLanes;
     MatmulArgs whole = a;
     whole.n_rows = a.n_rows / kTile * kTile;
     for_each_part(whole, kTile, [&](int64_t r0, int64_t r1) { packed_rows<W, kPackedTokens>(a, r0, r1, 0); });
-    // Groups that fill no tile are at most one tile less a row: not worth code of their own for several tokens.
+    // The last rows, fewer than a tile has, are not worth code of their own for several tokens.
     for (int64_t t = 0; t < a.n_tokens; ++t) {
         for (int64_t r = whole.n_rows; r < a.n_rows; r += kLanes) packed_tile<W, 1, 1>(a, r, t);
     }
+}
+
+// Gives each type its packed kernel. Matrices that are too small to be packed keep the kernel they had.
+void add_packed_kernels(Kernels& k) {
+    k.types[kQ4_0].matmul_packed = matmul_packed<PackedQ4_0>;
+    k.types[kQ4_1].matmul_packed = matmul_packed<PackedQ4_1>;
+    k.types[kQ5_0].matmul_packed = matmul_packed<PackedQ5_0>;
+    k.types[kQ5_1].matmul_packed = matmul_packed<PackedQ5_1>;
+    k.types[kQ8_0].matmul_packed = matmul_packed<PackedQ8_0>;
+    k.types[kQ8_0].pack_flip = kSignedCodesFlipped ? 0x80808080u : 0;
+    k.types[kQ2_K].matmul_packed = matmul_packed<PackedQ2_K>;
+    k.types[kQ3_K].matmul_packed = matmul_packed<PackedQ3_K>;
+    k.types[kQ4_K].matmul_packed = matmul_packed<PackedQ4_K>;
+    k.types[kQ5_K].matmul_packed = matmul_packed<PackedQ5_K>;
+    k.types[kQ6_K].matmul_packed = matmul_packed<PackedQ6_K>;
+    k.types[kIQ4_NL].matmul_packed = matmul_packed<PackedIQ4_NL>;
+    k.types[kIQ4_XS].matmul_packed = matmul_packed<PackedIQ4_XS>;
 }
 
 }  // namespace

@@ -1,14 +1,15 @@
-// x86: how packed blocks of each type become codes in bytes, and scales and minima in lanes.
+// How packed blocks of each type become codes in bytes, and scales and minima in lanes, whatever the instruction set
+// (lanes.h).
 //
-// A block is taken in kChunks chunks of kSteps steps of 32 weights; the steps of a chunk share bytes. codes<J, I>(words,
-// c, a, b) brings out the words first(I) and second(I) of the eight words of codes of step J in chunk c. With the
-// step's activations x the step adds up to
+// A block is taken in kChunks chunks of kSteps steps of 32 weights; the steps of a chunk share bytes.
+// codes<J, I>(words, c, a, b) brings out two of the eight words of codes of step J in chunk c, first(I) and second(I).
+// With the step's activations x the step adds up to
 //     d * (start + sum over groups of scale<J>(p, c, group) * codes * x) + sum of minimum<J>(p, c, i) * sum of x.
 // kGroup says how many codes share a scale (a type whose blocks have a single scale is not kScaled), kMinima how many
 // minima a step has: none, one, or one for each half.
 #pragma once
 
-#include "x86_lanes.h"
+#include "kernels.h"
 
 namespace qq {
 
@@ -163,9 +164,13 @@ struct PackedQ2_K : PackedBlock<2, 16, 16, 2, 4>, WordByWord<PackedQ2_K>, Scaled
     using Sum = UnsignedSum<3>;
     static constexpr int kMinima = 2;
     template <int J>
-    static LaneInts code(const uint8_t* words, int c, int w) { return bits_of<2, 2 * J, 0>(word(words, 8 * c + w)); }
+    static LaneInts code(const uint8_t* words, int c, int w) {
+        return bits_of<2, 2 * J, 0>(word(words, 8 * c + w));
+    }
     template <int J>
-    static LaneInts scale(const uint8_t* p, int c, int group) { return nibble_of_lane<0>(byte(p, 8 * c + 2 * J + group)); }
+    static LaneInts scale(const uint8_t* p, int c, int group) {
+        return nibble_of_lane<0>(byte(p, 8 * c + 2 * J + group));
+    }
     template <int J>
     static LaneFloats minimum(const uint8_t* p, int c, int i) {
         return multiply(to_floats(nibble_of_lane<4>(byte(p, 8 * c + 2 * J + i))), times(-1.0f, half(p, 1)));
@@ -204,7 +209,9 @@ struct SixBitMinima : PackedBlock<2, 16, Words, 4, 2>, Scaled<32>, NoStart {
 struct PackedQ4_K : SixBitMinima<32>, WordByWord<PackedQ4_K> {
     using Sum = UnsignedSum<15>;
     template <int J>
-    static LaneInts code(const uint8_t* words, int c, int w) { return bits_of<4, 4 * J, 0>(word(words, 8 * c + w)); }
+    static LaneInts code(const uint8_t* words, int c, int w) {
+        return bits_of<4, 4 * J, 0>(word(words, 8 * c + w));
+    }
 };
 
 struct PackedQ5_K : SixBitMinima<40>, WordByWord<PackedQ5_K> {

@@ -1,0 +1,71 @@
+// NEON with the dot-product extension: four lanes, each with its own row of packed weights.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "lanes.h"
+
+namespace qq {
+
+namespace {
+
+constexpr int64_t kLanes = 4;
+constexpr int kPackedTokens = 4, kGroups = 2, kGroupsOfHalves = 2, kGroupsAlone = 2;
+using LaneFloats = float32x4_t;
+using LaneInts = int32x4_t;
+
+inline LaneFloats lanes_of(float x) { return vdupq_n_f32(x); }
+inline LaneFloats load_lane_halves(const uint8_t* p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
+inline LaneFloats to_floats(LaneInts x) { return vcvtq_f32_s32(x); }
+inline LaneFloats multiply(LaneFloats a, LaneFloats b) { return vmulq_f32(a, b); }
+inline LaneFloats multiply_add(LaneFloats a, LaneFloats b, LaneFloats c) { return vfmaq_f32(c, a, b); }
+inline void store_lanes(float* p, LaneFloats x) { vst1q_f32(p, x); }
+inline LaneInts load_codes(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
+inline LaneInts four_of_x(const uint8_t* p) { return vdupq_n_s32(load_i32(p)); }
+inline LaneInts lane_bytes(const uint8_t* p) {
+    const int8x8_t bytes = vreinterpret_s8_s32(vdup_n_s32(load_i32(p)));
+    return vmovl_s16(vget_low_s16(vmovl_s8(bytes)));
+}
+// By a number that may be negative: to the right.
+inline LaneInts shift_by(LaneInts x, int n) {
+    return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(x), vdupq_n_s32(n)));
+}
+template <int N>
+inline LaneInts shift(LaneInts x) { return shift_by(x, N); }
+inline LaneInts shift_right(LaneInts x, int n) { return shift_by(x, -n); }
+inline LaneInts mask_bytes(LaneInts x, int mask) {
+    return vandq_s32(x, vreinterpretq_s32_u8(vdupq_n_u8(static_cast<uint8_t>(mask))));
+}
+inline LaneInts either(LaneInts a, LaneInts b) { return vorrq_s32(a, b); }
+inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+
+constexpr bool kSignedCodesFlipped = false;
+inline LaneInts iq4_levels(LaneInts codes) {
+    return vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(kIq4Levels), vreinterpretq_u8_s32(codes)));
+}
+
+using LaneScales = LaneInts;
+inline LaneScales lane_scales(LaneInts x) { return x; }
+
+// The sum over groups of scale times the products of codes with x. All codes are below 128, so the instruction takes
+// them as signed.
+struct SignedSum {
+    static constexpr int kFit = kBlock / 4;  // additions between two folds
+    LaneInts dot, sum;
+    QQ_INLINE void begin(int32_t) { dot = sum = vdupq_n_s32(0); }
+    QQ_INLINE void add(LaneInts codes, LaneInts x) {
+        dot = vdotq_s32(dot, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(x));
+    }
+    QQ_INLINE void fold(NoScale) { sum = dot; }
+    QQ_INLINE void fold(LaneScales scale) {
+        sum = vmlaq_s32(sum, dot, scale);
+        dot = vdupq_n_s32(0);
+    }
+    QQ_INLINE LaneFloats total(int32_t start) const { return to_floats(vaddq_s32(sum, vdupq_n_s32(start))); }
+};
+template <int Largest>
+using UnsignedSum = SignedSum;
+
+}  // namespace
+
+}  // namespace qq

@@ -1,0 +1,114 @@
+// Every packed kernel of the instruction set QQ_CHECKED against the scalar kernels, over blocks of any bytes: exit code
+// 0 if all agree. For instruction sets that this machine does not have, run by an emulator (test_neon.py).
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "kernels.h"
+#include "packed.h"
+#include "quant_blocks.h"
+
+using namespace qq;
+
+namespace {
+
+std::mt19937 random_bits(1);
+
+int64_t any(int64_t least, int64_t most) { return least + random_bits() % (most - least + 1); }
+
+// Bytes at which the blocks of a type hold 16-bit floats
+std::vector<int> halves_of(uint32_t type) {
+    switch (type) {
+        case kQ4_1: case kQ5_1: case kQ4_K: case kQ5_K: return {0, 2};
+        case kQ2_K: return {80, 82};
+        case kQ3_K: return {108};
+        case kQ6_K: return {208};
+        default: return {0};
+    }
+}
+
+struct Case {
+    uint32_t type;
+    int64_t rows, k, tokens;
+    std::vector<uint8_t> weights, x;
+    size_t row_bytes;
+};
+
+Case any_case(uint32_t type) {
+    const TypeInfo& info = *type_info(type);
+    Case c{type, any(1, 21), any(1, 3) * info.block, any(1, 9), {}, {}, 0};
+    c.row_bytes = static_cast<size_t>(c.k) / info.block * info.bytes;
+    c.weights.resize(static_cast<size_t>(c.rows) * c.row_bytes);
+    for (uint8_t& byte : c.weights) byte = static_cast<uint8_t>(random_bits());
+    for (size_t b = 0; b < c.weights.size(); b += info.bytes) {
+        for (const int at : halves_of(type)) c.weights[b + at + 1] &= 0xbf;  // finite
+    }
+    std::normal_distribution<float> normal;
+    std::vector<float> row(static_cast<size_t>(c.k));
+    c.x.resize(static_cast<size_t>(c.tokens) * int8_stride(c.k));
+    for (int64_t t = 0; t < c.tokens; ++t) {
+        for (float& value : row) value = normal(random_bits);
+        scalar_kernels()->quantize_row(row.data(), c.k, c.x.data() + static_cast<size_t>(t) * int8_stride(c.k));
+    }
+    return c;
+}
+
+MatmulArgs arguments(const Case& c, const uint8_t* weights, size_t row_bytes, std::vector<float>& y) {
+    y.assign(static_cast<size_t>(c.rows * c.tokens), NAN);
+    return {weights, row_bytes, c.rows, c.k, c.x.data(), int8_stride(c.k), c.tokens, y.data(), c.rows};
+}
+
+// The sum of the magnitudes of a product's terms, which its rounding errors are measured by
+float magnitude(const Case& c, int64_t row, int64_t token) {
+    std::vector<float> w(static_cast<size_t>(c.k));
+    scalar_kernels()->types[c.type].dequantize(c.weights.data() + static_cast<size_t>(row) * c.row_bytes, c.k,
+                                               w.data());
+    const uint8_t* x = c.x.data() + static_cast<size_t>(token) * int8_stride(c.k);
+    float sum = 0;
+    for (int64_t i = 0; i < c.k; ++i) {
+        float scale;
+        std::memcpy(&scale, x + q8_row(c.k).scales + i / kBlock * 4, sizeof scale);
+        sum += std::fabs(w[i] * scale * static_cast<float>(static_cast<int8_t>(x[i])));
+    }
+    return sum;
+}
+
+int64_t differences(const Kernels& checked, const Case& c) {
+    const TypeKernels& kernels = checked.types[c.type];
+    const size_t row_bytes = packed_row_bytes(c.type, c.k);
+    std::vector<uint8_t> packed(packed_bytes(c.rows, row_bytes, checked.lanes));
+    for (int64_t r = 0; r < c.rows; r += checked.lanes) {
+        pack_group(c.type, {c.weights.data(), c.rows, c.row_bytes}, r, checked.lanes, kernels.pack_flip,
+                   packed.data() + static_cast<size_t>(r) * row_bytes);
+    }
+    std::vector<float> expected, found;
+    scalar_kernels()->types[c.type].matmul(arguments(c, c.weights.data(), c.row_bytes, expected));
+    kernels.matmul_packed(arguments(c, packed.data(), row_bytes, found));
+    int64_t count = 0;
+    for (int64_t t = 0; t < c.tokens; ++t) {
+        for (int64_t r = 0; r < c.rows; ++r) {
+            const float gap = std::fabs(expected[t * c.rows + r] - found[t * c.rows + r]);
+            count += !(gap <= 3e-6f * magnitude(c, r, t) + 1e-6f);
+        }
+    }
+    return count;
+}
+
+}  // namespace
+
+int main() {
+    const Kernels& checked = *QQ_CHECKED();
+    int64_t bad = 0, types = 0;
+    for (uint32_t type = 0; type < kTypeCount; ++type) {
+        if (!checked.types[type].matmul_packed) continue;
+        int64_t count = 0;
+        for (int i = 0; i < 12; ++i) count += differences(checked, any_case(type));
+        if (count) std::printf("%s: %s: %ld products differ\n", checked.isa, type_info(type)->name, long(count));
+        bad += count;
+        ++types;
+    }
+    std::printf("%s: %ld types checked\n", checked.isa, long(types));
+    return bad != 0 || types == 0;
+}
