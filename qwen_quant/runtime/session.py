@@ -78,8 +78,9 @@ class Session:
         """Opens a GGUF file.
 
         `n_threads` None takes as many CPUs as a short trial finds fastest; `isa` is auto, scalar, avx2 or
-        avx512vnni; `n_ctx` overrides the context length in the file. Raises FormatError for a file that cannot
-        be run exactly, QwenQuantError for options that this machine cannot serve.
+        avx512vnni;
+        `n_ctx` overrides the context length in the file. Raises FormatError for a file that cannot be run
+        exactly, QwenQuantError for options that this machine cannot serve.
         """
         file = GGUFFile(path)
         return cls(file, _core.Engine(file.core, n_threads or 0, isa, n_ctx or 0))
