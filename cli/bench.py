@@ -42,13 +42,18 @@ def command(
     when the fast kernels' greedy text is not that of the scalar ones.
     """
     from qwen_quant.cli.run import find_file
+    from qwen_quant.progress import progress
     from qwen_quant.runtime.bench import BenchOptions, bench
 
     wanted = BenchOptions(
         n_prompt, n_gen, numbers("-d", depths), numbers("-t", threads) if threads else (None,), repeat, isa
     )
     path = str(find_file(model))
-    rows = list(bench(path, wanted))
+    rows: list[BenchRow] = []
+    with progress("measuring", len(wanted.threads) * len(wanted.depths)) as advance:
+        for row in bench(path, wanted):
+            rows.append(row)
+            advance(1, f"{row.n_threads} threads at depth {row.n_depth}")
     checked = check_text(path, wanted) if check else {}
     if json:
         from qwen_quant.cli.output import print_json

@@ -16,17 +16,19 @@ class PromptLookup:
     """Drafts of up to `draft_max` tokens that may follow a context.
 
     A draft is what followed the last occurrence of the context's final n tokens, n from LONGEST down to
-    SHORTEST. Its length follows how it went before: a wrong draft is work for nothing.
+    SHORTEST. It begins with FIRST tokens, and its length follows how it went before: a wrong one is work for
+    nothing.
     """
 
     LONGEST = 4
     SHORTEST = 2
+    FIRST = 2
 
     def __init__(self, context: Sequence[int], draft_max: int) -> None:
         self._tokens = list(context)
         self._follower: dict[tuple[int, ...], int] = {}  # n tokens -> where what followed them last begins
         self._draft_max = draft_max
-        self._length = draft_max
+        self._length = min(self.FIRST, draft_max)
         for end in range(len(self._tokens)):
             self._remember(end)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -98,6 +99,19 @@ def test_kernels_that_compute_something_else_are_found(tiny_model: TinyModels) -
     other = Session.open(tiny_model("qwen3", "Q8_0", tied=False).path, isa="scalar")
     with pytest.raises(QwenQuantError, match=r"kernels generate token \d+ at place \d+, the scalar ones"):
         check_greedy(fast, other, [5, 6, 7, 8], 8)
+
+
+def test_kernels_that_are_a_little_wrong_are_found(tiny_model: TinyModels, tmp_path: Path) -> None:
+    """As if one block of each row of a matrix were multiplied with a scale that is 30 % too large."""
+    path = tiny_model("qwen3", "Q8_0").path
+    tensor = GGUFFile(path).tensors["blk.0.ffn_down.weight"]
+    data = np.fromfile(path, np.uint8)
+    rows = data[tensor.offset : tensor.offset + tensor.nbytes].reshape(tensor.shape[0], -1)
+    scales = rows[:, :2].copy().view(np.float16)
+    rows[:, :2] = (scales * np.float16(1.3)).view(np.uint8)
+    data.tofile(tmp_path / "wrong.gguf")
+    with pytest.raises(QwenQuantError, match=r"kernels (generate|and the scalar ones differ by 0\.)"):
+        check_greedy(Session.open(tmp_path / "wrong.gguf"), Session.open(path, isa="scalar"), [5, 6, 7, 8], 8)
 
 
 def test_peak_memory_sees_what_was_freed() -> None:

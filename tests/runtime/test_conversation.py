@@ -31,6 +31,22 @@ def test_a_second_turn_reads_only_what_is_new(session: Session) -> None:
     assert list(session.generate(ids, 8, stop_ids=session.eos_ids)) == talk.completion.tokens
 
 
+def test_lookup_changes_no_conversation(session: Session) -> None:
+    outcomes = []
+    for draft_max in (0, 6):
+        session.reset()
+        session.draft_max = draft_max
+        talk = Conversation(session)
+        list(talk.ask([{"role": "user", "content": "Say it again: the sea, the sea, the sea."}], 30))
+        broken_off = talk.ask([{"role": "user", "content": "Once more."}], 40)
+        next(broken_off)
+        broken_off.close()
+        list(talk.ask([{"role": "user", "content": "And again."}], 20))
+        outcomes.append((talk.messages, list(session.tokens), session.n_past, session.timings.prompt_tokens))
+    session.draft_max = 0
+    assert outcomes[0] == outcomes[1]
+
+
 def test_truncated_context_and_its_tokens(session: Session) -> None:
     session.reset()
     session.prefill([5, 6, 7, 8])
