@@ -110,8 +110,8 @@ def export_onnx(
 
     `layers` delivers quantized decoder layers in order, on the grid of `form`; without it the integers of a GPTQ
     checkpoint are carried over unchanged, or floats are stored. `record` (the recipe) goes into the graph's metadata.
-    `texts`, token windows [n, T], are what accuracy_level auto measures with. `check` runs the folder before it gets its
-    name; what it returns is written beside the recipe, and an error of it leaves nothing behind.
+    `texts`, token windows [n, T], are what accuracy_level auto measures with. `check` runs the folder before it gets
+    its name; what it returns is written beside the recipe, and an error of it leaves nothing behind.
 
     Raises UsageError for unknown types, FormatError for what ONNX's operators cannot hold, CheckpointError for
     weights that are missing or not finite, OutputError when `output` cannot be written.

@@ -166,7 +166,10 @@ class OnnxEngine:
 
 
 def open_graph(path: Path, n_threads: int = 0, entries: Mapping[str, str] | None = None) -> Any:
-    """An onnxruntime session on the CPU, with `entries` for its configuration. Raises QwenQuantError without onnxruntime, FormatError for a bad graph."""
+    """An onnxruntime session on the CPU, with `entries` for its configuration.
+
+    Raises QwenQuantError without onnxruntime, FormatError for a graph that it cannot load.
+    """
     try:
         import onnxruntime
     except ModuleNotFoundError:
