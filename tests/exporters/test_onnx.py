@@ -71,7 +71,7 @@ def test_batches(make_model: Make, tmp_path: Path) -> None:
 
 GRIDS = {
     "int4-g32": {"bits": 4, "group_size": 32},
-    "int4-g128-short": {"bits": 4, "group_size": 128},
+    "int4-g64-short": {"bits": 4, "group_size": 64},
     "int4-g64-asym": {"bits": 4, "group_size": 64, "sym": False},
     "int4-rows": {"bits": 4, "group_size": -1},
     "int4-g32-act-order": {"bits": 4, "group_size": 32, "desc_act": True},
@@ -83,9 +83,12 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_the_integers_of_a_gptq_checkpoint(make_model: Make, tmp_path: Path, grid: Any, family: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [*((name, "qwen3") for name in GRIDS), ("int4-g64-asym", "qwen2"), ("int4-rows", "qwen2")],
+)
+def test_the_integers_of_a_gptq_checkpoint(make_model: Make, tmp_path: Path, name: str, family: str) -> None:
+    grid = GRIDS[name]
     checkpoint = write_gptq(make_model(**FAMILIES[family]), tmp_path / "gptq", **grid)
     form = Form(token_embedding_type="F32", output_tensor_type="F32")
     written = export_onnx(checkpoint, tmp_path / "out", form)
@@ -102,7 +105,7 @@ def test_the_integers_of_a_gptq_checkpoint(make_model: Make, tmp_path: Path, gri
     assert (stacked in found) is (family == "qwen2")
     assert len(found) == (2 * 5 if family == "qwen2" else 2 * 7)
     for names, weights in found.items():
-        original = np.concatenate([checkpoint.read(f"{name}.weight") for name in names.split("+")])
+        original = np.concatenate([checkpoint.read(f"{module}.weight") for module in names.split("+")])
         assert np.array_equal(weights, original), names
 
 
@@ -188,26 +191,24 @@ def test_groups_of_unequal_size_are_refused(make_model: Make, tmp_path: Path) ->
         to_blocks("weight", tensor)
 
 
-@pytest.mark.parametrize("kind", ["F32", "BF16"])
 @pytest.mark.parametrize("family", SPARSE.values(), ids=list(SPARSE))
-def test_logits_of_models_with_experts(make_model: Make, tmp_path: Path, family: Any, kind: str) -> None:
+def test_logits_of_models_with_experts(make_model: Make, tmp_path: Path, family: Any) -> None:
     checkpoint = make_model(**family)
-    export_onnx(checkpoint, tmp_path / "out", Form(kind))
+    export_onnx(checkpoint, tmp_path / "out", Form("BF16"))
     check_steps(tmp_path / "out", expected(checkpoint), 1e-3)
     assert "MoE" in operators(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("grid", "fused"),
+    ("family", "grid", "fused"),
     [
-        ({"bits": 4, "group_size": 32}, True),
-        ({"bits": 4, "group_size": -1, "sym": False}, True),
-        ({"bits": 3, "group_size": 32}, True),
-        ({"bits": 8, "group_size": 32}, False),
-        ({"bits": 4, "group_size": 32, "desc_act": True}, False),
+        (QWEN3_MOE, {"bits": 4, "group_size": 32}, True),
+        (QWEN2_MOE, {"bits": 4, "group_size": -1, "sym": False}, True),
+        (QWEN3_MOE, {"bits": 3, "group_size": 32}, True),
+        (QWEN2_MOE, {"bits": 8, "group_size": 32}, False),
+        (QWEN3_MOE, {"bits": 4, "group_size": 32, "desc_act": True}, False),
     ],
 )
-@pytest.mark.parametrize("family", [QWEN2_MOE, QWEN3_MOE], ids=["qwen2moe", "qwen3moe"])
 def test_integers_of_experts(make_model: Make, tmp_path: Path, family: Any, grid: Any, fused: bool) -> None:
     checkpoint = write_gptq(make_model(**family), tmp_path / "gptq", **grid)
     form = Form(token_embedding_type="F32", output_tensor_type="F32")
