@@ -109,9 +109,8 @@ def check_of(checkpoint: Checkpoint, form: Form) -> Callable[[Path], dict[str, A
     """What runs the written folder against the checkpoint."""
     from qwen_quant.evaluate.selfcheck import self_check
 
-    _, grid = form.resolved(checkpoint)
-    rounded = grid is not None and checkpoint.quantization is None
-    return lambda folder: self_check(folder, checkpoint, grid.bits if rounded and grid is not None else 8)
+    bits = form.fewest_bits(checkpoint)
+    return lambda folder: self_check(folder, checkpoint, bits)
 
 
 def report(options: ExportOptions, written: Written, seconds: float) -> None:

@@ -83,6 +83,17 @@ class Form:
         ]
         return choose_types(checkpoint, *self.resolved(checkpoint), *outer)
 
+    def fewest_bits(self, checkpoint: Checkpoint) -> int:
+        """The coarsest rounding between the checkpoint and what the graph computes: 16 where there is hardly any."""
+        rounded = [
+            choice.grid.bits
+            for name, choice in self.choices(checkpoint).items()
+            if choice.grid is not None and not checkpoint.is_quantized(name)
+        ]
+        integers = any(choice.grid is not None for choice in self.choices(checkpoint).values())
+        activations = [8] if integers and self.accuracy_level != "0" else []
+        return min([16, *rounded, *activations])
+
 
 @dataclass
 class Written:
