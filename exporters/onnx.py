@@ -51,7 +51,7 @@ class Form:
     """
 
     file_type: str | None = None
-    group_size: int = 32
+    group_size: int = 128
     sym: bool = True
     token_embedding_type: str | None = None
     output_tensor_type: str | None = None
@@ -141,11 +141,10 @@ def export_onnx(
     with atomic_folder(Path(output), overwrite) as folder:
         file = folder / GRAPH_FOLDER / graph_name(kind)
         file.parent.mkdir()
-        data = WeightFile(file.with_name(f"{file.name}_data"))
-        graph = Graph(data, form.operators.opset)
-        ops = form.operators(graph, Weights(checkpoint, choices), checkpoint.spec)
-        build(graph, ops, _arriving(checkpoint, layers, written), checkpoint.spec.plain_context)
-        data.close()
+        with WeightFile(file.with_name(f"{file.name}_data")) as data:
+            graph = Graph(data, form.operators.opset)
+            ops = form.operators(graph, Weights(checkpoint, choices), checkpoint.spec)
+            build(graph, ops, _arriving(checkpoint, layers, written), checkpoint.spec.plain_context)
         onnx.save_model(graph.model(checkpoint.folder.resolve().name), file)
         facts = {"version": __version__, **(record or {})}
         facts |= _set_accuracy(file, form, texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from onnx import numpy_helper
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError, UsageError
-from qwen_quant.exporters.onnx import Form, export_onnx, grid_choice
+from qwen_quant.exporters.onnx import Form, export_onnx, grid_choice, notes
 from qwen_quant.exporters.onnx_blocks import to_blocks
 from qwen_quant.grids import IntGrid
 from qwen_quant.model import load_model
@@ -233,3 +234,22 @@ def test_qwen1(make_qwen1: Callable[..., Path], tmp_path: Path) -> None:
     form = Form(token_embedding_type="F32", output_tensor_type="F32")
     export_onnx(quantized, tmp_path / "int4", form)
     check_steps(tmp_path / "int4", expected(quantized), 1e-3)
+
+
+def test_dual_chunk_attention_ends_where_it_begins(make_model: Make, tmp_path: Path) -> None:
+    config = {"chunk_size": 40, "local_size": 10}
+    checkpoint = make_model(**QWEN2, dual_chunk_attention_config=config)
+    assert "ends at 41 tokens" in notes(checkpoint)[0]
+    export_onnx(checkpoint, tmp_path / "out", Form("F32"))
+    check_steps(tmp_path / "out", expected(checkpoint), 1e-3)  # 40 tokens, more than a chunk's 30
+    assert json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["context_length"] == 41
+
+
+def test_integers_are_not_rounded_twice(make_model: Make, tmp_path: Path) -> None:
+    checkpoint = write_gptq(make_model(), tmp_path / "gptq", bits=8, group_size=32)
+    with pytest.raises(
+        FormatError, match="int8-g32, which int4 would round a second time; export with --type int8"
+    ):
+        export_onnx(checkpoint, tmp_path / "out", Form("int4"))
+    export_onnx(checkpoint, tmp_path / "out", Form("F32"))
+    check_steps(tmp_path / "out", expected(checkpoint), 1e-3)
