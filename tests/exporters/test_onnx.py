@@ -253,3 +253,22 @@ def test_integers_are_not_rounded_twice(make_model: Make, tmp_path: Path) -> Non
         export_onnx(checkpoint, tmp_path / "out", Form("int4"))
     export_onnx(checkpoint, tmp_path / "out", Form("F32"))
     check_steps(tmp_path / "out", expected(checkpoint), 1e-3)
+
+
+def test_what_a_gptq_checkpoint_leaves_alone(make_model: Make, tmp_path: Path) -> None:
+    """Some quantizers skip layers; those stay as they are stored."""
+    checkpoint = write_gptq(make_model(**FAMILIES["qwen2"]), tmp_path / "gptq", bits=4, group_size=32)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    whole = checkpoint.read(name)
+    stored, read = checkpoint.is_quantized, checkpoint.source.chunks
+    checkpoint.is_quantized = lambda other: other != name and stored(other)  # type: ignore[method-assign]
+    dtype = checkpoint.source.dtype
+    checkpoint.source.dtype = lambda other: "BF16" if other == name else dtype(other)  # type: ignore[method-assign]
+    checkpoint.source.chunks = lambda other: iter([whole]) if other == name else read(other)  # type: ignore[method-assign]
+    form = Form(token_embedding_type="F32", output_tensor_type="F32")
+    written = export_onnx(checkpoint, tmp_path / "out", form)
+    assert written.types[name] == "BF16" and "GPTQ checkpoint stores" in written.unquantized[name]
+    checkpoint.is_quantized = stored  # type: ignore[method-assign]
+    assert (
+        np.abs(OnnxGraph(tmp_path / "out")(TOKENS[None])[0] - expected(checkpoint)).max() < 0.2
+    )  # BF16 of one matrix
