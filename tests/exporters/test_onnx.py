@@ -29,6 +29,7 @@ from onnx import numpy_helper
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError, UsageError
+from qwen_quant.evaluate.selfcheck import self_check
 from qwen_quant.exporters.onnx import Form, export_onnx, grid_choice, notes
 from qwen_quant.exporters.onnx_blocks import to_blocks
 from qwen_quant.grids import IntGrid
@@ -228,7 +229,10 @@ def test_sliding_windows(make_model: Make, tmp_path: Path, family: str) -> None:
 
 def test_qwen1(make_qwen1: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = Checkpoint(make_qwen1())
-    export_onnx(checkpoint, tmp_path / "out", Form("F32"))
+    export_onnx(
+        checkpoint, tmp_path / "out", Form("F32"), check=lambda path: self_check(path, checkpoint, 16)
+    )
+    assert (tmp_path / "out" / "tokenizer.json").is_file()  # in place of qwen.tiktoken, which only we read
     check_steps(tmp_path / "out", expected(checkpoint), 1e-3)
     quantized = write_gptq(checkpoint, tmp_path / "gptq", bits=4, group_size=32)
     form = Form(token_embedding_type="F32", output_tensor_type="F32")
