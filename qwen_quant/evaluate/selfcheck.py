@@ -30,16 +30,20 @@ MESSAGES = [
 ]
 
 
-def self_check(artifact: Path, checkpoint: Checkpoint, bits: int) -> dict[str, Any]:
+def self_check(
+    artifact: Path, checkpoint: Checkpoint, bits: int, where: Path | None = None
+) -> dict[str, Any]:
     """Run `artifact` beside the reference model over `checkpoint` on held-out text; what was measured.
 
-    `bits` are those of the artifact's weights, 16 when the checkpoint holds the same integers. Raises FormatError
-    when tokens, templates or ends of turns differ, when the divergence is beyond what `bits` can explain, or when
-    decoding step by step does not give what reading the same text at once does.
+    `bits` are those of the artifact's weights, 16 when the checkpoint holds the same integers; `where` is what messages
+    call an artifact that has not got its name yet. Raises FormatError when tokens, templates or ends of turns differ,
+    when the divergence is beyond what `bits` can explain, or when decoding step by step does not give what reading the
+    same text at once does.
     """
     from qwen_quant.evaluate.streamed import streamed_logits
 
     session = Session.open(artifact)
+    artifact = where or artifact
     windows = _check_text(session, checkpoint, artifact)
     reference = streamed_logits(checkpoint, windows)
     divergence = Divergence()

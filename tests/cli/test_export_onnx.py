@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from qwen_quant.exporters.onnx_fused import FusedOps
+
 CALIBRATION = ["--num-samples", "4", "--seq-len", "64"]
 MEASURE = ["--ctx", "64", "--max-windows", "2", "--json"]
 
@@ -48,6 +50,18 @@ def test_from_gptq(cli: Callable, make_model: Callable, tmp_path: Path) -> None:
     assert '"num_samples": 4' in properties
     ours, theirs = (cli("eval", path, "--reference", folder, *MEASURE).json for path in (target, gptq))
     assert ours["kld_mean"] == pytest.approx(theirs["kld_mean"], rel=0.02)
+
+
+def test_a_failed_check_is_one_line(
+    cli: Callable, make_model: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, target = make_model(), tmp_path / "out"
+    monkeypatch.setattr(FusedOps, "gated", lambda ops, gate, up: gate)
+    outcome = cli("export", folder, "-o", target, "--format", "onnx", "--json")
+    assert outcome.code == 1
+    assert outcome.err.startswith(f"qwen-quant: {target}: diverges from {folder}"), outcome.err
+    assert len(outcome.err.strip().splitlines()) == 1 and not target.exists()
+    assert cli("export", folder, "-o", target, "--format", "onnx", "--no-verify").code == 0
 
 
 def test_a_plan_writes_nothing(cli: Callable, make_model: Callable, tmp_path: Path) -> None:
