@@ -39,6 +39,7 @@ from qwen_quant.grids.gptq import IntGrid
 from qwen_quant.progress import progress
 from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.spec import TensorInfo
+from qwen_quant.tokenizer import Tokenizer
 
 __all__ = ["Form", "Written", "export_onnx", "grid_choice", "notes", "stored_tensors"]
 
@@ -125,7 +126,8 @@ def export_onnx(
     its name; what it returns is written beside the recipe, and an error of it leaves nothing behind.
 
     Raises UsageError for unknown types, FormatError for what ONNX's operators cannot hold, CheckpointError for
-    weights that are missing or not finite, OutputError when `output` cannot be written.
+    weights that are missing or not finite, ConfigError for a tokenizer that cannot be read, OutputError when `output`
+    cannot be written.
     """
     form = form or Form()
     kind, grid = form.resolved(checkpoint)
@@ -133,7 +135,7 @@ def export_onnx(
         raise UsageError(f"--type {kind}: {checkpoint.folder} has to be quantized first")
     if form.accuracy_level not in (*LEVELS, AUTO):
         raise UsageError(f"--accuracy-level {form.accuracy_level}: choose 0, 4 or auto")
-    choices = form.choices(checkpoint)
+    choices, tokenizer = form.choices(checkpoint), Tokenizer.from_folder(checkpoint.folder)
     written = Written(types={name: choice.name for name, choice in choices.items()})
     written.unquantized = {
         name: choice.reason for name, choice in choices.items() if choice.reason and choice.grid is None
@@ -148,7 +150,7 @@ def export_onnx(
         onnx.save_model(graph.model(checkpoint.folder.resolve().name), file)
         facts = {"version": __version__, **(record or {})}
         facts |= _set_accuracy(file, form, texts)
-        write_folder(checkpoint, folder, file, kind, ops, form.accuracy_level)
+        write_folder(checkpoint, tokenizer, folder, file, kind, ops, form.accuracy_level)
         if check is not None:
             written.check = facts["check"] = check(folder)
         add_metadata(file, {f"qwen_quant.{key}": value for key, value in facts.items()})

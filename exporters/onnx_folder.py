@@ -36,10 +36,15 @@ def graph_name(kind: str) -> str:
 
 
 def write_folder(
-    checkpoint: Checkpoint, folder: Path, graph: Path, kind: str, ops: Ops, accuracy_level: str
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    folder: Path,
+    graph: Path,
+    kind: str,
+    ops: Ops,
+    accuracy_level: str,
 ) -> None:
-    """Write all but the graph into `folder`. Raises ConfigError when the checkpoint's tokenizer cannot be read."""
-    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    """Write all but the graph and the card into `folder`."""
     copy_side_files(checkpoint.folder, folder, SIDE_FILES, leave_out=NOT_COPIED)
     if not (folder / "tokenizer.json").exists():
         _write_tokenizer(tokenizer, folder)

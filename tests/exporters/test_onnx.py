@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,9 @@ from qwen_quant.exporters.onnx import Form, export_onnx, grid_choice, notes
 from qwen_quant.exporters.onnx_blocks import to_blocks
 from qwen_quant.grids import IntGrid
 from qwen_quant.model import load_model
+from qwen_quant.quantize.layer import QuantizedLayer
 from qwen_quant.quantize.recipe import Recipe
-from qwen_quant.quantize.stream import gptq_layers
+from qwen_quant.quantize.stream import gptq_layers, plain_layers
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
@@ -184,6 +187,23 @@ def test_calibrated_integers(make_model: Make, tmp_path: Path) -> None:
     assert properties["qwen_quant.bits"] == "4"
     with pytest.raises(UsageError, match="quantized first"):
         export_onnx(checkpoint, tmp_path / "other", form)
+
+
+def test_solved_layers_are_let_go(make_model: Make, tmp_path: Path) -> None:
+    """Memory holds one decoder layer: packed projections are compared, then forgotten."""
+    checkpoint = make_model(**QWEN2)
+    alive: list[weakref.ref] = []
+
+    def layers() -> Iterator[QuantizedLayer]:
+        for layer in plain_layers(checkpoint, grid_choice(IntGrid(4, 32))):
+            gc.collect()
+            assert not any(ref() for ref in alive)
+            alive.extend(weakref.ref(tensor.codes) for tensor in layer.tensors.values())
+            yield layer
+            layer.tensors.clear()
+
+    export_onnx(checkpoint, tmp_path / "out", Form("int4", group_size=32), layers=layers())
+    assert len(alive) == 14
 
 
 def test_groups_of_unequal_size_are_refused(make_model: Make, tmp_path: Path) -> None:
