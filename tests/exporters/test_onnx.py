@@ -197,7 +197,7 @@ def test_solved_layers_are_let_go(make_model: Make, tmp_path: Path) -> None:
     def layers() -> Iterator[QuantizedLayer]:
         for layer in plain_layers(checkpoint, grid_choice(IntGrid(4, 32))):
             gc.collect()
-            assert not any(ref() for ref in alive)
+            assert all(ref() is None for ref in alive)
             alive.extend(weakref.ref(tensor.codes) for tensor in layer.tensors.values())
             yield layer
             layer.tensors.clear()
