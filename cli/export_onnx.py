@@ -90,7 +90,7 @@ def write(
             layers=layers,
             record=record,
             texts=texts_for(options, checkpoint) if form.accuracy_level == "auto" else None,
-            check=check_of(checkpoint, form) if options.verify else None,
+            check=check_of(options.output, checkpoint, form) if options.verify else None,
             overwrite=options.overwrite,
         )
     return written, record
@@ -107,13 +107,12 @@ def texts_for(options: ExportOptions, checkpoint: Checkpoint) -> npt.NDArray[np.
     return calib_data.sample(documents, tokenizer, MEASURED_WINDOWS, length, options.seed)
 
 
-def check_of(checkpoint: Checkpoint, form: Form) -> Callable[[Path], dict[str, Any]]:
+def check_of(output: Path, checkpoint: Checkpoint, form: Form) -> Callable[[Path], dict[str, Any]]:
     """What runs the written folder against the checkpoint."""
     from qwen_quant.evaluate.selfcheck import self_check
 
-    _, grid = form.resolved(checkpoint)
-    rounded = grid is not None and checkpoint.quantization is None
-    return lambda folder: self_check(folder, checkpoint, grid.bits if rounded and grid is not None else 8)
+    bits = form.fewest_bits(checkpoint)
+    return lambda folder: self_check(folder, checkpoint, bits, where=output)
 
 
 def report(options: ExportOptions, written: Written, seconds: float) -> None:

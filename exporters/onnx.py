@@ -39,6 +39,7 @@ from qwen_quant.grids.gptq import IntGrid
 from qwen_quant.progress import progress
 from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.spec import TensorInfo
+from qwen_quant.tokenizer import Tokenizer
 
 __all__ = ["Form", "Written", "export_onnx", "grid_choice", "notes", "stored_tensors"]
 
@@ -51,7 +52,7 @@ class Form:
     """
 
     file_type: str | None = None
-    group_size: int = 32
+    group_size: int = 128
     sym: bool = True
     token_embedding_type: str | None = None
     output_tensor_type: str | None = None
@@ -83,6 +84,17 @@ class Form:
         ]
         return choose_types(checkpoint, *self.resolved(checkpoint), *outer)
 
+    def fewest_bits(self, checkpoint: Checkpoint) -> int:
+        """The coarsest rounding between the checkpoint and what the graph computes: 16 where there is hardly any."""
+        rounded = [
+            choice.grid.bits
+            for name, choice in self.choices(checkpoint).items()
+            if choice.grid is not None and not checkpoint.is_quantized(name)
+        ]
+        integers = any(choice.grid is not None for choice in self.choices(checkpoint).values())
+        activations = [8] if integers and self.accuracy_level != "0" else []
+        return min([16, *rounded, *activations])
+
 
 @dataclass
 class Written:
@@ -110,11 +122,12 @@ def export_onnx(
 
     `layers` delivers quantized decoder layers in order, on the grid of `form`; without it the integers of a GPTQ
     checkpoint are carried over unchanged, or floats are stored. `record` (the recipe) goes into the graph's metadata.
-    `texts`, token windows [n, T], are what accuracy_level auto measures with. `check` runs the folder before it gets its
-    name; what it returns is written beside the recipe, and an error of it leaves nothing behind.
+    `texts`, token windows [n, T], are what accuracy_level auto measures with. `check` runs the folder before it gets
+    its name; what it returns is written beside the recipe, and an error of it leaves nothing behind.
 
     Raises UsageError for unknown types, FormatError for what ONNX's operators cannot hold, CheckpointError for
-    weights that are missing or not finite, OutputError when `output` cannot be written.
+    weights that are missing or not finite, ConfigError for a tokenizer that cannot be read, OutputError when `output`
+    cannot be written.
     """
     form = form or Form()
     kind, grid = form.resolved(checkpoint)
@@ -122,7 +135,7 @@ def export_onnx(
         raise UsageError(f"--type {kind}: {checkpoint.folder} has to be quantized first")
     if form.accuracy_level not in (*LEVELS, AUTO):
         raise UsageError(f"--accuracy-level {form.accuracy_level}: choose 0, 4 or auto")
-    choices = form.choices(checkpoint)
+    choices, tokenizer = form.choices(checkpoint), Tokenizer.from_folder(checkpoint.folder)
     written = Written(types={name: choice.name for name, choice in choices.items()})
     written.unquantized = {
         name: choice.reason for name, choice in choices.items() if choice.reason and choice.grid is None
@@ -130,15 +143,14 @@ def export_onnx(
     with atomic_folder(Path(output), overwrite) as folder:
         file = folder / GRAPH_FOLDER / graph_name(kind)
         file.parent.mkdir()
-        data = WeightFile(file.with_name(f"{file.name}_data"))
-        graph = Graph(data, form.operators.opset)
-        ops = form.operators(graph, Weights(checkpoint, choices), checkpoint.spec)
-        build(graph, ops, _arriving(checkpoint, layers, written), checkpoint.spec.plain_context)
-        data.close()
+        with WeightFile(file.with_name(f"{file.name}_data")) as data:
+            graph = Graph(data, form.operators.opset)
+            ops = form.operators(graph, Weights(checkpoint, choices), checkpoint.spec)
+            build(graph, ops, _arriving(checkpoint, layers, written), checkpoint.spec.plain_context)
         onnx.save_model(graph.model(checkpoint.folder.resolve().name), file)
         facts = {"version": __version__, **(record or {})}
         facts |= _set_accuracy(file, form, texts)
-        write_folder(checkpoint, folder, file, kind, ops, form.accuracy_level)
+        write_folder(checkpoint, tokenizer, folder, file, kind, ops, form.accuracy_level)
         if check is not None:
             written.check = facts["check"] = check(folder)
         add_metadata(file, {f"qwen_quant.{key}": value for key, value in facts.items()})

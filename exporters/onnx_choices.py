@@ -127,7 +127,9 @@ def _choose(
         return Choice(info, file_type, grid)
     if checkpoint.is_quantized(info.name):
         return Choice(info, file_type, checkpoint.quantization.grid)
-    return Choice(info, FALLBACK, reason="as the GPTQ checkpoint leaves it")
+    stored = checkpoint.source.dtype(info.name)
+    kind = stored if stored in FLOAT_BYTES else "F32"
+    return Choice(info, kind, reason="as the GPTQ checkpoint stores it")
 
 
 def _outer(info: TensorInfo, file_type: str, grid: IntGrid | None, wanted: str | None) -> Choice:

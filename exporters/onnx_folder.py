@@ -36,11 +36,18 @@ def graph_name(kind: str) -> str:
 
 
 def write_folder(
-    checkpoint: Checkpoint, folder: Path, graph: Path, kind: str, ops: Ops, accuracy_level: str
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    folder: Path,
+    graph: Path,
+    kind: str,
+    ops: Ops,
+    accuracy_level: str,
 ) -> None:
-    """Write all but the graph into `folder`. Raises ConfigError when the checkpoint's tokenizer cannot be read."""
-    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    """Write all but the graph and the card into `folder`."""
     copy_side_files(checkpoint.folder, folder, SIDE_FILES, leave_out=NOT_COPIED)
+    if not (folder / "tokenizer.json").exists():
+        _write_tokenizer(tokenizer, folder)
     config = config_for_all_readers(checkpoint.spec)
     config.pop("quantization_config", None)
     # transformers.js loads the right file and its weights without being told.
@@ -56,6 +63,18 @@ def write_folder(
         options = described["model"]["decoder"]["session_options"]
         options["session.qdq_matmulnbits_accuracy_level"] = "4" if accuracy_level == "4" else "0"
     _write_json(folder / GENAI, described)
+
+
+def _write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """tokenizer.json, the one form that all readers know, in place of vocab.json or qwen.tiktoken; the class that
+    tokenizer_config.json names, and Qwen (1)'s template, were code."""
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    config["tokenizer_class"] = "Qwen2Tokenizer"
+    if tokenizer.chat_template is not None:
+        config["chat_template"] = tokenizer.chat_template
+    _write_json(path, config)
 
 
 def genai_config(spec: ModelSpec, tokenizer: Tokenizer, graph: str, shares_buffer: bool) -> dict[str, Any]:

@@ -64,11 +64,11 @@ class WeightFile:
         self._file.write(b"\0" * (-start % to))
         return self._file.tell()
 
-    def close(self) -> int:
-        """Finish the file; returns its bytes."""
-        size = self._file.tell()
+    def __enter__(self) -> WeightFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._file.close()
-        return size
 
 
 def tensor_bytes(kind: str, shape: Sequence[int]) -> int:

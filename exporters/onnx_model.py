@@ -6,6 +6,7 @@ Inputs and outputs have the names that Optimum, transformers.js and onnxruntime-
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -44,10 +45,10 @@ def rotary_tables(spec: ModelSpec, length: int) -> tuple[np.ndarray, np.ndarray]
     """cos and sin [length, head_dim / 2] of the reference model, with its context extension, FP32."""
     from qwen_quant.model import new_rotary
 
-    rotary = new_rotary(spec)
-    cos, sin = rotary(0, length) if spec.qwen1 is None else rotary(0, length, prompt=1)
+    # Up to `length` neither dual chunks nor Qwen (1)'s dynamic base change anything.
+    cos, sin = new_rotary(replace(spec, dual_chunk=None))(0, length)
     half = spec.head_dim // 2
-    return tuple(table.numpy()[..., :half].copy() for table in (cos, sin))
+    return cos[:, :half].numpy().copy(), sin[:, :half].numpy().copy()
 
 
 def build(graph: Graph, ops: Ops, layers: Iterable[Any | None], context: int) -> None:

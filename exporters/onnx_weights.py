@@ -66,7 +66,8 @@ class Weights:
         if self.choices[names[0]].grid is None:
             return True
         tensors = {name: self.quantized(name) for name in names}
-        self._kept.update(tensors)
+        if self.layer is None:
+            self._kept.update(tensors)
         orders = {None if t.group_index is None else t.group_index.tobytes() for t in tensors.values()}
         return len(orders) == 1
 

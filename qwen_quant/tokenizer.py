@@ -156,6 +156,11 @@ class Tokenizer:
             )
         return "qwen2"
 
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json."""
+        text: str = self._backend.to_str()
+        return text
+
     @property
     def chat_template(self) -> str | None:
         """The checkpoint's Jinja template, or None."""

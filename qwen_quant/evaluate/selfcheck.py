@@ -14,7 +14,7 @@ import numpy.typing as npt
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import ConfigError, FormatError
 from qwen_quant.evaluate.divergence import Divergence
-from qwen_quant.evaluate.perplexity import cut_windows, log_softmax, row_blocks, tokenize
+from qwen_quant.evaluate.perplexity import MIN_CTX, cut_windows, log_softmax, row_blocks, tokenize
 from qwen_quant.evaluate.report import HELD_OUT, read_text, renormalized
 from qwen_quant.runtime.session import Session
 from qwen_quant.tokenizer import Tokenizer
@@ -30,18 +30,25 @@ MESSAGES = [
 ]
 
 
-def self_check(artifact: Path, checkpoint: Checkpoint, bits: int) -> dict[str, Any]:
+def self_check(
+    artifact: Path, checkpoint: Checkpoint, bits: int, where: Path | None = None
+) -> dict[str, Any]:
     """Run `artifact` beside the reference model over `checkpoint` on held-out text; what was measured.
 
-    `bits` are those of the artifact's weights, 16 when the checkpoint holds the same integers. Raises FormatError
-    when tokens, templates or ends of turns differ, when the divergence is beyond what `bits` can explain, or when
-    decoding step by step does not give what reading the same text at once does.
+    `bits` are those of the artifact's weights, 16 when the checkpoint holds the same integers; `where` is what messages
+    call an artifact that has not got its name yet. Raises FormatError when tokens, templates or ends of turns differ,
+    when the divergence is beyond what `bits` can explain, or when decoding step by step does not give what reading the
+    same text at once does.
     """
     from qwen_quant.evaluate.streamed import streamed_logits
 
-    session = Session.open(artifact)
-    windows = _check_text(session, checkpoint, artifact)
+    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    windows = _windows(checkpoint, tokenizer)
+    # Before the artifact is opened: layers of the one and weights of the other never lie in memory together.
     reference = streamed_logits(checkpoint, windows)
+    session = Session.open(artifact)
+    artifact = where or artifact
+    _check_text(session, tokenizer, artifact)
     divergence = Divergence()
     for window, wanted in zip(windows, reference, strict=True):
         found = session.logits(window)
@@ -68,28 +75,30 @@ def self_check(artifact: Path, checkpoint: Checkpoint, bits: int) -> dict[str, A
     }
 
 
-def _check_text(session: Session, checkpoint: Checkpoint, artifact: Path) -> npt.NDArray[np.int32]:
-    """Windows [n, T] of held-out text, after tokenizers, templates and ends of turns were compared."""
-    ours, theirs = session.tokenizer, Tokenizer.from_folder(checkpoint.folder)
-    text = read_text(HELD_OUT)
-    tokens = tokenize(theirs, text)
-    if not np.array_equal(tokens, tokenize(ours, text)):
-        raise FormatError(f"{artifact}: its tokenizer gives other tokens than {checkpoint.folder}'s")
-    if _rendered(ours) != _rendered(theirs):
-        raise FormatError(f"{artifact}: its chat template gives other tokens than {checkpoint.folder}'s")
-    missing = set(theirs.eos_ids) - session.eos_ids
-    if missing:
-        raise FormatError(
-            f"{artifact}: does not stop at {sorted(missing)}, which end a turn in the checkpoint"
-        )
-    room = min(WINDOW, session.n_ctx - GREEDY, checkpoint.spec.plain_context)
-    windows = cut_windows(tokens, max(room, 8), WINDOWS)
+def _windows(checkpoint: Checkpoint, tokenizer: Tokenizer) -> npt.NDArray[np.int32]:
+    """Windows [n, T] of held-out text."""
+    room = min(WINDOW, checkpoint.spec.plain_context - GREEDY)
+    windows = cut_windows(tokenize(tokenizer, read_text(HELD_OUT)), max(room, MIN_CTX), WINDOWS)
     if int(windows.max()) >= checkpoint.spec.vocab_size:
         raise FormatError(
             f"{checkpoint.folder}: the tokenizer gives id {int(windows.max())}, beyond vocab_size "
             f"{checkpoint.spec.vocab_size}; tokenizer and weights do not belong together"
         )
     return windows
+
+
+def _check_text(session: Session, theirs: Tokenizer, artifact: Path) -> None:
+    """Compare tokens, the chat template and the ends of turns with those of the checkpoint."""
+    ours, text = session.tokenizer, read_text(HELD_OUT)
+    if not np.array_equal(tokenize(theirs, text), tokenize(ours, text)):
+        raise FormatError(f"{artifact}: its tokenizer gives other tokens than the checkpoint's")
+    if _rendered(ours) != _rendered(theirs):
+        raise FormatError(f"{artifact}: its chat template gives other tokens than the checkpoint's")
+    missing = set(theirs.eos_ids) - session.eos_ids
+    if missing:
+        raise FormatError(
+            f"{artifact}: does not stop at {sorted(missing)}, which end a turn in the checkpoint"
+        )
 
 
 def _rendered(tokenizer: Tokenizer) -> list[int] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,10 +86,9 @@ class OnnxEngine:
         self._session = open_graph(folder.graph, n_threads, folder.options)
         inputs = {value.name: value for value in self._session.get_inputs()}
         caches = {name: value for name, value in inputs.items() if name.startswith("past_key_values.")}
-        self._inputs = set(inputs)
-        optional = {value.name for value in self._session.get_overridable_initializers()}
-        self._keeps_last = LAST_ONLY in optional | self._inputs
-        self.n_vocab = self._vocabulary(folder)
+        self._inputs = set(inputs) | {value.name for value in self._session.get_overridable_initializers()}
+        self.n_vocab, self._logits_dtype = self._logits(folder)
+        self._binding = self._session.io_binding()
         self.n_ctx = min(n_ctx, folder.context_length) if n_ctx else folder.context_length
         self.n_past = 0
         cache = SharedCache if folder.shares_buffer else GrowingCache
@@ -98,13 +97,14 @@ class OnnxEngine:
         }
         self._cache = cache(shapes, self.n_ctx)
 
-    def _vocabulary(self, folder: OnnxFolder) -> int:
+    def _logits(self, folder: OnnxFolder) -> tuple[int, Any]:
+        """Rows of the head, and the type of what it puts out."""
         logits = next((value for value in self._session.get_outputs() if value.name == "logits"), None)
         if logits is None or not isinstance(logits.shape[-1], int) or "input_ids" not in self._inputs:
             raise FormatError(
                 f"{folder.graph}: is not a graph from input_ids to logits; export the model again"
             )
-        return logits.shape[-1]
+        return logits.shape[-1], _DTYPES[logits.type]
 
     def reset(self) -> None:
         """Forgets the context and frees its cache."""
@@ -142,8 +142,6 @@ class OnnxEngine:
 
     def _run(self, tokens: npt.NDArray[np.int32], keep: int) -> npt.NDArray[Any]:
         """Logits of at least the last `keep` of `tokens` [T], which join the context."""
-        from onnxruntime import OrtValue
-
         total = self.n_past + len(tokens)
         feeds = {
             "input_ids": tokens.astype(np.int64)[None],
@@ -151,22 +149,30 @@ class OnnxEngine:
             "position_ids": np.arange(self.n_past, total, dtype=np.int64)[None],
             LAST_ONLY: np.array(keep, dtype=np.int64),
         }
-        binding = self._session.io_binding()
         for name, values in feeds.items():
-            if name in self._inputs or (name == LAST_ONLY and self._keeps_last):
-                # bind_cpu_input would not find an input that has a default.
-                binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(values))
-        self._cache.bind(binding, self.n_past, total)
-        binding.bind_output("logits", "cpu")
-        self._session.run_with_iobinding(binding)
-        self._cache.take(binding)
+            if name in self._inputs:
+                self._bind(self._binding.bind_ortvalue_input, name, values)
+        kept = keep if LAST_ONLY in self._inputs else len(tokens)
+        logits = np.empty((1, kept, self.n_vocab), dtype=self._logits_dtype)
+        self._bind(self._binding.bind_ortvalue_output, "logits", logits)
+        self._cache.bind(self._binding, self.n_past, total)
+        self._session.run_with_iobinding(self._binding)
+        self._cache.take(self._binding)
         self.n_past = total
-        logits: npt.NDArray[Any] = binding.get_outputs()[-1].numpy()[0]
-        return logits
+        return logits[0]
+
+    def _bind(self, how: Callable[[str, Any], None], name: str, values: npt.NDArray[Any]) -> None:
+        """Hand an array to the next step, which reads or writes its very memory: the caller keeps it alive."""
+        from onnxruntime import OrtValue
+
+        how(name, OrtValue.ortvalue_from_numpy(values))
 
 
 def open_graph(path: Path, n_threads: int = 0, entries: Mapping[str, str] | None = None) -> Any:
-    """An onnxruntime session on the CPU, with `entries` for its configuration. Raises QwenQuantError without onnxruntime, FormatError for a bad graph."""
+    """An onnxruntime session on the CPU, with `entries` for its configuration.
+
+    Raises QwenQuantError without onnxruntime, FormatError for a graph that it cannot load.
+    """
     try:
         import onnxruntime
     except ModuleNotFoundError:
@@ -205,7 +211,9 @@ class SharedCache:
         """Nothing to do: what lies beyond the length is never read."""
 
     def bind(self, binding: Any, n_past: int, total: int) -> None:
-        """Hand the buffers, which get room for `total` positions, to a step."""
+        """Hand the buffers, which get room for `total` positions, to this step and the next ones."""
+        if total <= self._capacity:
+            return
         self._make_room(n_past, total)
         for name, buffer in self._buffers.items():
             binding.bind_ortvalue_input(name, buffer)
@@ -215,8 +223,6 @@ class SharedCache:
         """Nothing to do: the step has written into the buffers."""
 
     def _make_room(self, n_past: int, total: int) -> None:
-        if total <= self._capacity:
-            return
         from onnxruntime import OrtValue
 
         self._capacity = min(max(total, 2 * self._capacity, FIRST_CAPACITY), self._limit)
@@ -259,4 +265,5 @@ class GrowingCache:
 
     def take(self, binding: Any) -> None:
         """Keep what a step put out."""
-        self._values = dict(zip(self._values, binding.get_outputs(), strict=False))
+        # Outputs come in the order in which their names were bound first: logits, then these.
+        self._values = dict(zip(self._values, binding.get_outputs()[1:], strict=True))

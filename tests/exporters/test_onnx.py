@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+import json
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +31,14 @@ from onnx import numpy_helper
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError, UsageError
-from qwen_quant.exporters.onnx import Form, export_onnx, grid_choice
+from qwen_quant.evaluate.selfcheck import self_check
+from qwen_quant.exporters.onnx import Form, export_onnx, grid_choice, notes
 from qwen_quant.exporters.onnx_blocks import to_blocks
 from qwen_quant.grids import IntGrid
 from qwen_quant.model import load_model
+from qwen_quant.quantize.layer import QuantizedLayer
 from qwen_quant.quantize.recipe import Recipe
-from qwen_quant.quantize.stream import gptq_layers
+from qwen_quant.quantize.stream import gptq_layers, plain_layers
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
@@ -71,7 +76,7 @@ def test_batches(make_model: Make, tmp_path: Path) -> None:
 
 GRIDS = {
     "int4-g32": {"bits": 4, "group_size": 32},
-    "int4-g128-short": {"bits": 4, "group_size": 128},
+    "int4-g64-short": {"bits": 4, "group_size": 64},
     "int4-g64-asym": {"bits": 4, "group_size": 64, "sym": False},
     "int4-rows": {"bits": 4, "group_size": -1},
     "int4-g32-act-order": {"bits": 4, "group_size": 32, "desc_act": True},
@@ -83,9 +88,12 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=list(GRIDS))
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_the_integers_of_a_gptq_checkpoint(make_model: Make, tmp_path: Path, grid: Any, family: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [*((name, "qwen3") for name in GRIDS), ("int4-g64-asym", "qwen2"), ("int4-rows", "qwen2")],
+)
+def test_the_integers_of_a_gptq_checkpoint(make_model: Make, tmp_path: Path, name: str, family: str) -> None:
+    grid = GRIDS[name]
     checkpoint = write_gptq(make_model(**FAMILIES[family]), tmp_path / "gptq", **grid)
     form = Form(token_embedding_type="F32", output_tensor_type="F32")
     written = export_onnx(checkpoint, tmp_path / "out", form)
@@ -102,7 +110,7 @@ def test_the_integers_of_a_gptq_checkpoint(make_model: Make, tmp_path: Path, gri
     assert (stacked in found) is (family == "qwen2")
     assert len(found) == (2 * 5 if family == "qwen2" else 2 * 7)
     for names, weights in found.items():
-        original = np.concatenate([checkpoint.read(f"{name}.weight") for name in names.split("+")])
+        original = np.concatenate([checkpoint.read(f"{module}.weight") for module in names.split("+")])
         assert np.array_equal(weights, original), names
 
 
@@ -181,6 +189,23 @@ def test_calibrated_integers(make_model: Make, tmp_path: Path) -> None:
         export_onnx(checkpoint, tmp_path / "other", form)
 
 
+def test_solved_layers_are_let_go(make_model: Make, tmp_path: Path) -> None:
+    """Memory holds one decoder layer: packed projections are compared, then forgotten."""
+    checkpoint = make_model(**QWEN2)
+    alive: list[weakref.ref] = []
+
+    def layers() -> Iterator[QuantizedLayer]:
+        for layer in plain_layers(checkpoint, grid_choice(IntGrid(4, 32))):
+            gc.collect()
+            assert all(ref() is None for ref in alive)
+            alive.extend(weakref.ref(tensor.codes) for tensor in layer.tensors.values())
+            yield layer
+            layer.tensors.clear()
+
+    export_onnx(checkpoint, tmp_path / "out", Form("int4", group_size=32), layers=layers())
+    assert len(alive) == 14
+
+
 def test_groups_of_unequal_size_are_refused(make_model: Make, tmp_path: Path) -> None:
     tensor = IntGrid(4, 32).plain_rounding(np.ones((32, 64), dtype=np.float32))
     tensor.group_index = np.array([0] * 40 + [1] * 24)
@@ -188,26 +213,24 @@ def test_groups_of_unequal_size_are_refused(make_model: Make, tmp_path: Path) ->
         to_blocks("weight", tensor)
 
 
-@pytest.mark.parametrize("kind", ["F32", "BF16"])
 @pytest.mark.parametrize("family", SPARSE.values(), ids=list(SPARSE))
-def test_logits_of_models_with_experts(make_model: Make, tmp_path: Path, family: Any, kind: str) -> None:
+def test_logits_of_models_with_experts(make_model: Make, tmp_path: Path, family: Any) -> None:
     checkpoint = make_model(**family)
-    export_onnx(checkpoint, tmp_path / "out", Form(kind))
+    export_onnx(checkpoint, tmp_path / "out", Form("BF16"))
     check_steps(tmp_path / "out", expected(checkpoint), 1e-3)
     assert "MoE" in operators(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("grid", "fused"),
+    ("family", "grid", "fused"),
     [
-        ({"bits": 4, "group_size": 32}, True),
-        ({"bits": 4, "group_size": -1, "sym": False}, True),
-        ({"bits": 3, "group_size": 32}, True),
-        ({"bits": 8, "group_size": 32}, False),
-        ({"bits": 4, "group_size": 32, "desc_act": True}, False),
+        (QWEN3_MOE, {"bits": 4, "group_size": 32}, True),
+        (QWEN2_MOE, {"bits": 4, "group_size": -1, "sym": False}, True),
+        (QWEN3_MOE, {"bits": 3, "group_size": 32}, True),
+        (QWEN2_MOE, {"bits": 8, "group_size": 32}, False),
+        (QWEN3_MOE, {"bits": 4, "group_size": 32, "desc_act": True}, False),
     ],
 )
-@pytest.mark.parametrize("family", [QWEN2_MOE, QWEN3_MOE], ids=["qwen2moe", "qwen3moe"])
 def test_integers_of_experts(make_model: Make, tmp_path: Path, family: Any, grid: Any, fused: bool) -> None:
     checkpoint = write_gptq(make_model(**family), tmp_path / "gptq", **grid)
     form = Form(token_embedding_type="F32", output_tensor_type="F32")
@@ -226,9 +249,50 @@ def test_sliding_windows(make_model: Make, tmp_path: Path, family: str) -> None:
 
 def test_qwen1(make_qwen1: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = Checkpoint(make_qwen1())
-    export_onnx(checkpoint, tmp_path / "out", Form("F32"))
+    export_onnx(
+        checkpoint, tmp_path / "out", Form("F32"), check=lambda path: self_check(path, checkpoint, 16)
+    )
+    assert (tmp_path / "out" / "tokenizer.json").is_file()  # in place of qwen.tiktoken, which only we read
     check_steps(tmp_path / "out", expected(checkpoint), 1e-3)
     quantized = write_gptq(checkpoint, tmp_path / "gptq", bits=4, group_size=32)
     form = Form(token_embedding_type="F32", output_tensor_type="F32")
     export_onnx(quantized, tmp_path / "int4", form)
     check_steps(tmp_path / "int4", expected(quantized), 1e-3)
+
+
+def test_dual_chunk_attention_ends_where_it_begins(make_model: Make, tmp_path: Path) -> None:
+    config = {"chunk_size": 40, "local_size": 10}
+    checkpoint = make_model(**QWEN2, dual_chunk_attention_config=config)
+    assert "ends at 41 tokens" in notes(checkpoint)[0]
+    export_onnx(checkpoint, tmp_path / "out", Form("F32"))
+    check_steps(tmp_path / "out", expected(checkpoint), 1e-3)  # 40 tokens, more than a chunk's 30
+    assert json.loads((tmp_path / "out" / "genai_config.json").read_text())["model"]["context_length"] == 41
+
+
+def test_integers_are_not_rounded_twice(make_model: Make, tmp_path: Path) -> None:
+    checkpoint = write_gptq(make_model(), tmp_path / "gptq", bits=8, group_size=32)
+    with pytest.raises(
+        FormatError, match="int8-g32, which int4 would round a second time; export with --type int8"
+    ):
+        export_onnx(checkpoint, tmp_path / "out", Form("int4"))
+    export_onnx(checkpoint, tmp_path / "out", Form("F32"))
+    check_steps(tmp_path / "out", expected(checkpoint), 1e-3)
+
+
+def test_what_a_gptq_checkpoint_leaves_alone(make_model: Make, tmp_path: Path) -> None:
+    """Some quantizers skip layers; those stay as they are stored."""
+    checkpoint = write_gptq(make_model(**FAMILIES["qwen2"]), tmp_path / "gptq", bits=4, group_size=32)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    whole = checkpoint.read(name)
+    stored, read = checkpoint.is_quantized, checkpoint.source.chunks
+    checkpoint.is_quantized = lambda other: other != name and stored(other)  # type: ignore[method-assign]
+    dtype = checkpoint.source.dtype
+    checkpoint.source.dtype = lambda other: "BF16" if other == name else dtype(other)  # type: ignore[method-assign]
+    checkpoint.source.chunks = lambda other: iter([whole]) if other == name else read(other)  # type: ignore[method-assign]
+    form = Form(token_embedding_type="F32", output_tensor_type="F32")
+    written = export_onnx(checkpoint, tmp_path / "out", form)
+    assert written.types[name] == "BF16" and "GPTQ checkpoint stores" in written.unquantized[name]
+    checkpoint.is_quantized = stored  # type: ignore[method-assign]
+    assert (
+        np.abs(OnnxGraph(tmp_path / "out")(TOKENS[None])[0] - expected(checkpoint)).max() < 0.2
+    )  # BF16 of one matrix

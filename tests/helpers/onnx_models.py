@@ -16,7 +16,7 @@ from qwen_quant.exporters.gptq import export_gptq
 from qwen_quant.grids import IntGrid
 from qwen_quant.model import load_model
 from qwen_quant.quantize.recipe import Recipe, linear_grid
-from qwen_quant.quantize.stream import gptq_layers
+from qwen_quant.quantize.stream import gptq_layers, plain_layers
 
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "head_dim": None}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -78,9 +78,12 @@ def check_steps(folder: Path, wanted: np.ndarray, limit: float) -> None:
 def write_gptq(checkpoint: Checkpoint, folder: Path, *, desc_act: bool = False, **grid: Any) -> Checkpoint:
     """A GPTQ checkpoint of `checkpoint`."""
     chosen = IntGrid(**grid)
-    windows = np.random.default_rng(0).integers(0, 320, (4, 64)).astype(np.int32)
-    recipe = Recipe(num_samples=4, seq_len=64, desc_act=desc_act)
-    layers = gptq_layers(checkpoint, linear_grid(chosen), windows, recipe)
+    recipe = Recipe(calibrate=desc_act, num_samples=4, seq_len=64, desc_act=desc_act)
+    if desc_act:  # only a calibration orders the columns
+        windows = np.random.default_rng(0).integers(0, 320, (4, 64)).astype(np.int32)
+        layers = gptq_layers(checkpoint, linear_grid(chosen), windows, recipe)
+    else:
+        layers = plain_layers(checkpoint, linear_grid(chosen))
     export_gptq(checkpoint, layers, folder, chosen, recipe, recipe.record())
     return Checkpoint(folder)
 
