@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from qwen_quant.checkpoint import Checkpoint
+    from qwen_quant.grids.kv_layout import KVCacheSpec
     from qwen_quant.quantize.layer import LinearReport, QuantizedLayer
     from qwen_quant.quantize.recipe import GridChoice, Recipe
     from qwen_quant.quantize.resume import LayerStore
@@ -93,6 +94,34 @@ def quantized_layers(
     windows = calib_data.sample(documents, tokenizer, recipe.num_samples, recipe.seq_len, recipe.seed)
     record = recipe.record(calib_data.fingerprint(documents)) | {"num_samples": len(windows)}
     return gptq_layers(checkpoint, grids, windows, recipe, store, keep_contexts), record
+
+
+class KVCacheOptions(Protocol):
+    """The options of `gptq` and `export` that concern the cache of keys and values."""
+
+    kv_cache: str | None
+    kv_bits_budget: float
+    dataset: str
+    seq_len: int
+    seed: int
+
+
+def kv_layout(checkpoint: Checkpoint, options: KVCacheOptions) -> KVCacheSpec | None:
+    """The layout of the KV cache that a command line asks to store; None when it asks for none."""
+    from qwen_quant.cli.kv import KVOptions, layout_to_store
+
+    if options.kv_cache is None:
+        return None
+    return layout_to_store(
+        checkpoint,
+        KVOptions(
+            options.kv_cache,
+            options.kv_bits_budget,
+            options.dataset,
+            seq_len=options.seq_len,
+            seed=options.seed,
+        ),
+    )
 
 
 def peak_rss_mb() -> float:

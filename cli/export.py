@@ -24,6 +24,8 @@ class ExportOptions(CalibrationOptions):
     type: str | None
     token_embedding_type: str | None
     output_tensor_type: str | None
+    kv_cache: str | None
+    kv_bits_budget: float
     json: bool
 
 
@@ -54,6 +56,8 @@ def command(
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     no_calibration: options.NoCalibration = False,
+    kv_cache: options.StoredKVCache = None,
+    kv_bits_budget: options.KVBitsBudget = 4.8,
     resume: options.Resume = False,
     dry_run: options.DryRun = False,
     max_ram: options.MaxRam = None,
@@ -91,6 +95,7 @@ def run(options: ExportOptions) -> None:
     if options.dry_run:
         planning.report(plan, options, gguf_grid(file_type) if file_type in GRIDS else None, recipe)
         return
+    kv_layout = calibrating.kv_layout(checkpoint, options)
     with calibrating.layer_store(options.output, options.resume) as store:
         layers, record = None, None
         if recipe is not None and file_type is not None:
@@ -107,6 +112,7 @@ def run(options: ExportOptions) -> None:
             record=record,
             token_embedding_type=outer_types[0],
             output_tensor_type=outer_types[1],
+            kv_layout=kv_layout,
         )
     seconds = time.monotonic() - began
     if options.json:

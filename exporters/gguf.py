@@ -16,7 +16,13 @@ import numpy as np
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError
-from qwen_quant.exporters.gguf_metadata import add_metadata, architecture, check_expressible, exact_context
+from qwen_quant.exporters.gguf_metadata import (
+    add_kv_layout,
+    add_metadata,
+    architecture,
+    check_expressible,
+    exact_context,
+)
 from qwen_quant.exporters.gguf_tensors import (
     Choice,
     check_type,
@@ -31,6 +37,7 @@ from qwen_quant.exporters.gguf_tensors import (
 from qwen_quant.files import atomic_file
 from qwen_quant.grids.base import QuantizedTensor
 from qwen_quant.grids.gguf import GRIDS, gguf_grid
+from qwen_quant.grids.kv_layout import KVCacheSpec
 from qwen_quant.progress import progress
 from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.tokenizer import Tokenizer
@@ -65,6 +72,7 @@ def export_gguf(
     token_embedding_type: str | None = None,
     output_tensor_type: str | None = None,
     tokenizer: Tokenizer | None = None,
+    kv_layout: KVCacheSpec | None = None,
 ) -> Written:
     """Write `checkpoint` as a GGUF file of `file_type` (F32, F16, BF16, Q8_0, Q4_0, Q4_1).
 
@@ -72,7 +80,8 @@ def export_gguf(
     weights are rounded to nearest, and the integers of a GPTQ checkpoint are repacked unchanged (they also
     decide what no `file_type` means). Norms and biases stay F32. Embedding and head are Q8_0 in a quantized
     file, or what a GPTQ checkpoint stores, unless `token_embedding_type` or `output_tensor_type` are given.
-    `record` (the recipe) is written under `qwen_quant.*`.
+    `record` (the recipe) is written under `qwen_quant.*`, and `kv_layout`, the calibrated cache of keys and values,
+    under `qwen_quant.kv_cache.*` as arrays, which llama.cpp leaves alone (it counts tensors).
 
     Raises UsageError for unknown types, FormatError when a tensor does not fit its type or the architecture has
     something that GGUF readers do not know, CheckpointError for weights that are missing or not finite,
@@ -86,6 +95,8 @@ def export_gguf(
         writer = gguf.GGUFWriter(path, architecture(checkpoint.spec))
         try:
             add_metadata(writer, checkpoint, tokenizer, file_type, record or {})
+            if kv_layout is not None:
+                add_kv_layout(writer, checkpoint, kv_layout)
             _write_header(writer, choices)
             if layers is None:
                 _write_stored(writer, checkpoint, choices)

@@ -88,11 +88,14 @@ def inspect(checkpoint: Checkpoint) -> list[LayerReport]:
 
 
 @torch.no_grad()
-def calibrate_kv(checkpoint: Checkpoint, windows: np.ndarray, bits_budget: float = AUTO_BUDGET) -> KVCalibration:
-    """Choose the layout of every layer's keys and values on token windows [samples, seq].
+def calibrate_kv(
+    checkpoint: Checkpoint, windows: np.ndarray, bits_budget: float = AUTO_BUDGET, bits: int | None = None
+) -> KVCalibration:
+    """Choose the layout of every layer's keys and values on token windows [samples, seq], at `bits` everywhere or
+    mixed.
 
-    `bits_budget` is the mean number of stored bits per number, scales included. Raises UsageError when int4 alone
-    takes more.
+    `bits_budget` is the mean number of stored bits per number of a mixture, scales included. Raises UsageError when
+    int4 alone takes more.
     """
     spec = checkpoint.spec
     least = TokenGroups(4).bits_per_value(spec.head_dim)
@@ -113,7 +116,12 @@ def calibrate_kv(checkpoint: Checkpoint, windows: np.ndarray, bits_budget: float
             advance(1, f"keys of layer {index}")
             report.value_kld = _kld(plain, model, tokens, _only(chosen, index, keys=False))
             advance(1, f"values of layer {index}")
-    chosen = _spend(chosen, reports, bits_budget, spec.head_dim)
+    if bits is None:
+        chosen = _spend(chosen, reports, bits_budget, spec.head_dim)
+    else:
+        chosen = chosen.with_bits(bits)
+        for report in reports:
+            report.key_bits = report.value_bits = bits
     return KVCalibration(chosen, reports, _kld(plain, model, tokens, chosen))
 
 
@@ -260,4 +268,5 @@ def _spend(spec: KVCacheSpec, reports: list[LayerReport], budget: float, head_di
 
 def record(found: KVCalibration) -> dict[str, Any]:
     """What is stored beside the layout."""
-    return {"kld": found.kld, "layers": [vars(report) for report in found.reports]}
+    layers = [{**vars(report), "dangerous": report.dangerous} for report in found.reports]
+    return {"kld": found.kld, "layers": layers}
