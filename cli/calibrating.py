@@ -35,6 +35,8 @@ class CalibrationOptions:
     resume: bool
     dry_run: bool
     max_ram: str | None
+    kv_cache: str | None
+    kv_bits_budget: float
 
 
 def recipe_of(options: CalibrationOptions, desc_act: bool = False) -> Recipe:
@@ -96,17 +98,7 @@ def quantized_layers(
     return gptq_layers(checkpoint, grids, windows, recipe, store, keep_contexts), record
 
 
-class KVCacheOptions(Protocol):
-    """The options of `gptq` and `export` that concern the cache of keys and values."""
-
-    kv_cache: str | None
-    kv_bits_budget: float
-    dataset: str
-    seq_len: int
-    seed: int
-
-
-def kv_layout(checkpoint: Checkpoint, options: KVCacheOptions) -> KVCacheSpec | None:
+def kv_layout(checkpoint: Checkpoint, options: CalibrationOptions) -> KVCacheSpec | None:
     """The layout of the KV cache that a command line asks to store; None when it asks for none."""
     from qwen_quant.cli.kv import KVOptions, layout_to_store
 

@@ -24,8 +24,6 @@ class ExportOptions(CalibrationOptions):
     type: str | None
     token_embedding_type: str | None
     output_tensor_type: str | None
-    kv_cache: str | None
-    kv_bits_budget: float
     json: bool
 
 

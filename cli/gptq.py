@@ -26,8 +26,6 @@ class GPTQOptions(CalibrationOptions):
     max_shard_size: str
     tied_head: bool
     overwrite: bool
-    kv_cache: str | None
-    kv_bits_budget: float
     json: bool
 
 

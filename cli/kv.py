@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from qwen_quant.grids.kv_layout import KVCacheSpec
     from qwen_quant.quantize.kv_cache import KVCalibration
 
-NUM_SAMPLES = 16  # windows are read once for each layer's keys and values: a few are enough for ranges and ranks
+NUM_SAMPLES = (
+    16  # windows are read once for each layer's keys and values: a few are enough for ranges and ranks
+)
 
 
 @dataclass(frozen=True)

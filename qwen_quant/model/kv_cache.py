@@ -28,7 +28,9 @@ class QuantizedKVCache(KVCache):
         """As KVCache's; the keys' centre is turned as they were."""
         if self.prompt is None:
             self.prompt = keys.shape[2]
-        centre = None if self._key_centre is None else rotate(self._key_centre, table)  # [n_kv_heads, seq, head_dim]
+        centre = (
+            None if self._key_centre is None else rotate(self._key_centre, table)
+        )  # [n_kv_heads, seq, head_dim]
         self.keys = self._halves[0].add(keys.float(), centre)
         self.values = self._halves[1].add(values.float(), self._value_centre)
         return self.keys, self.values

@@ -100,7 +100,9 @@ def calibrate_kv(
     spec = checkpoint.spec
     least = TokenGroups(4).bits_per_value(spec.head_dim)
     if bits_budget < least:
-        raise UsageError(f"--kv-bits-budget {bits_budget:g}: int4 takes {least:g} bits with its scales; give that or more")
+        raise UsageError(
+            f"--kv-bits-budget {bits_budget:g}: int4 takes {least:g} bits with its scales; give that or more"
+        )
     model = load_model(checkpoint)
     tokens = torch.from_numpy(windows).long()
     reports = inspect(checkpoint)
@@ -158,7 +160,9 @@ def _choose_layouts(
     value_balance = _balance(_output_gain(layer, keys.shape[1]), spread)
 
     key_layouts = [KVLayout(TokenGroups(4), centre, b, h) for b in (None, key_balance) for h in (False, True)]
-    report.key_error, key_layout = min(((trial.error(k, None), k) for k in key_layouts), key=lambda pair: pair[0])
+    report.key_error, key_layout = min(
+        ((trial.error(k, None), k) for k in key_layouts), key=lambda pair: pair[0]
+    )
     value_layouts = [
         KVLayout(TokenGroups(4), value_centre, b, h) for b in (None, value_balance) for h in (False, True)
     ]
@@ -217,11 +221,15 @@ class _Trial:
 
 def _to_numpy(layout: KVLayout) -> KVLayout:
     centre = None if layout.centre is None or not layout.centre.any() else layout.centre.cpu().numpy()
-    return replace(layout, centre=centre, balance=None if layout.balance is None else layout.balance.cpu().numpy())
+    return replace(
+        layout, centre=centre, balance=None if layout.balance is None else layout.balance.cpu().numpy()
+    )
 
 
 def _describe(layout: KVLayout) -> str:
-    found = [name for name, on in (("balance", layout.balance is not None), ("hadamard", layout.hadamard)) if on]
+    found = [
+        name for name, on in (("balance", layout.balance is not None), ("hadamard", layout.hadamard)) if on
+    ]
     return "+".join(found) or "plain"
 
 

@@ -65,7 +65,17 @@ def test_export_stores_it_and_run_uses_it(cli: Callable, layout: Path, tmp_path:
     spec, _ = read_kv_file(layout, 4, 2, 64)
     assert stored["qwen_quant.kv_cache.key_bits"] == [layer.keys.grid.bits for layer in spec.layers]
     found = cli(
-        "eval", target, "--reference", target, "--kv-cache", "auto", "--ctx", "128", "--max-windows", "2", "--json"
+        "eval",
+        target,
+        "--reference",
+        target,
+        "--kv-cache",
+        "auto",
+        "--ctx",
+        "128",
+        "--max-windows",
+        "2",
+        "--json",
     ).json
     assert found["kv_cache"] == "auto"
     assert found["kv_bytes_per_token"] == spec.bytes_per_token(2, 64)
@@ -84,7 +94,17 @@ def test_gptq_leaves_it_in_the_folder(cli: Callable, layout: Path, tmp_path: Pat
 
 
 def test_layouts_are_measured_on_a_folder(cli: Callable) -> None:
-    arguments = ["eval", "reference", "--reference", "reference", "--ctx", "128", "--max-windows", "2", "--json"]
+    arguments = [
+        "eval",
+        "reference",
+        "--reference",
+        "reference",
+        "--ctx",
+        "128",
+        "--max-windows",
+        "2",
+        "--json",
+    ]
     kld, size = {}, {}
     for name in ("f16", "int8", "int4", "kivi4", "qwen1"):
         found = cli(*arguments, "--kv-cache", name).json
@@ -114,7 +134,12 @@ def test_needles_are_found_or_not(cli: Callable) -> None:
     ],
 )
 def test_bad_options_are_named(
-    arguments: list[str], code: int, message: str, cli: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    code: int,
+    message: str,
+    cli: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     found = cli(*arguments)

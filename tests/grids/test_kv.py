@@ -137,7 +137,9 @@ def test_a_layout_comes_back_from_its_file(tmp_path: Path) -> None:
             for x, y in ((a.centre, b.centre), (a.balance, b.balance)):
                 np.testing.assert_array_equal(x, y) if x is not None else None
                 assert (x is None) == (y is None)
-    with pytest.raises(FormatError, match=r"kv_cache.safetensors: key_bits is \[2\] where this model needs \[3\]"):
+    with pytest.raises(
+        FormatError, match=r"kv_cache.safetensors: key_bits is \[2\] where this model needs \[3\]"
+    ):
         read_kv_file(path, 3, 2, 64)
     with pytest.raises(FormatError, match="qwen-quant kv"):
         read_kv_file(tmp_path / "none.safetensors", 2, 2, 64)

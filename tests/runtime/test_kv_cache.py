@@ -41,7 +41,9 @@ QWEN3_MOE = {
     "moe_intermediate_size": 32,
     "norm_topk_prob": True,
 }
-TOKENS = np.random.default_rng(3).integers(0, 4000, 330).astype(np.int32)  # more than a page, not whole blocks
+TOKENS = (
+    np.random.default_rng(3).integers(0, 4000, 330).astype(np.int32)
+)  # more than a page, not whole blocks
 
 
 @pytest.fixture
@@ -92,9 +94,7 @@ def exported(checkpoint: Checkpoint, layout: KVCacheSpec | None = None) -> Path:
 @pytest.mark.parametrize("isa", _core.cpu_isas())
 @pytest.mark.parametrize("name", ["int8", "int4", "auto"])
 @pytest.mark.parametrize("changes", [QWEN2, {}], ids=["qwen2", "qwen3"])
-def test_as_the_reference_rounds(
-    changes: dict, name: str, isa: str, make: Callable[..., Checkpoint]
-) -> None:
+def test_as_the_reference_rounds(changes: dict, name: str, isa: str, make: Callable[..., Checkpoint]) -> None:
     checkpoint = make(**changes)
     layout = calibrated() if name == "auto" else None
     session = Session.open(exported(checkpoint, layout), isa=isa, cache_type_k=name, cache_type_v=name)
@@ -129,7 +129,7 @@ def test_other_shapes(changes: dict, make: Callable[..., Checkpoint]) -> None:
 
 
 def with_large_key_bias(checkpoint: Checkpoint, norm: float) -> Checkpoint:
-    """The checkpoint with the key bias of every layer at this norm; the queries shrink, so that attention stays soft."""
+    """The checkpoint with the key bias of every layer at this norm, and queries so small that attention stays soft."""
     infos = checkpoint.spec.tensors()
     values = {info.name: checkpoint.read(info.name) for info in infos}
     for name, value in values.items():
@@ -156,7 +156,9 @@ def test_a_large_key_bias_costs_nothing(make: Callable[..., Checkpoint]) -> None
     assert divergence(exact, torch_logits(checkpoint, KVCacheSpec("naive", (naive, naive)))) > 20 * most
 
 
-def test_options_that_cannot_be(make: Callable[..., Checkpoint], make_checkpoint: Callable[..., Path]) -> None:
+def test_options_that_cannot_be(
+    make: Callable[..., Checkpoint], make_checkpoint: Callable[..., Path]
+) -> None:
     path = exported(make())
     with pytest.raises(QwenQuantError, match=r"no calibrated layout .* --kv-cache auto"):
         Session.open(path, cache_type_k="auto")
@@ -176,7 +178,9 @@ def test_options_that_cannot_be(make: Callable[..., Checkpoint], make_checkpoint
         ("value_balance", [0.0] * 256, "not usable"),
     ],
 )
-def test_a_broken_layout_is_named(key: str, value: list, message: str, make: Callable, tmp_path: Path) -> None:
+def test_a_broken_layout_is_named(
+    key: str, value: list, message: str, make: Callable, tmp_path: Path
+) -> None:
     path = exported(make(), calibrated())
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(tmp_path / "broken.gguf", "qwen3")
