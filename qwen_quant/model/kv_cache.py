@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from qwen_quant.grids.kv_layout import KVCacheSpec, KVLayer, KVLayout
-from qwen_quant.model.transformer import KVCache, rotate
+from qwen_quant.model.cache import KVCache
+from qwen_quant.model.transformer import rotate
 
 
 class QuantizedKVCache(KVCache):
