@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -74,6 +75,7 @@ def command(
     from rich.console import Console
 
     Console().print(table(found))
+    warn_of_bias(found)
     whole = 4 * spec.num_hidden_layers * spec.kv_size
     print(
         f"{path}: {bytes_per_token:,.0f} bytes per token, {bytes_per_token / whole:.3f} of F16; "
@@ -113,24 +115,28 @@ def table(found: KVCalibration) -> Table:
     from rich.table import Table
 
     result = Table(title="KV cache; KLD is what int4 costs there alone, in nats per token")
-    columns = ("layer", "|key bias|", "input's part", "keys", "KLD", "bits", "values", "KLD", "bits")
-    for name in columns:
+    for name in ("layer", "|bias|", "keys", "centred", "KLD", "values", "KLD"):
         result.add_column(name, justify="left" if name in ("keys", "values") else "right")
     for report in found.reports:
-        result.add_row(*_cells(report))
+        result.add_row(
+            f"{report.layer}{' !' if report.dangerous else ''}",
+            f"{report.key_bias_norm:.1f}",
+            f"int{report.key_bits} {report.key_layout}",
+            str(report.key_centred),
+            f"{report.key_kld:.5f}",
+            f"int{report.value_bits} {report.value_layout}",
+            f"{report.value_kld:.5f}",
+        )
     return result
 
 
-def _cells(report: Any) -> list[str]:
-    centred = f", {report.key_centred} pairs centred" if report.key_centred else ""
-    return [
-        f"{report.layer}{' !' if report.dangerous else ''}",
-        f"{report.key_bias_norm:.1f}",
-        f"{report.key_spread:.1f}",
-        report.key_layout + centred,
-        f"{report.key_kld:.5f}",
-        str(report.key_bits),
-        report.value_layout,
-        f"{report.value_kld:.5f}",
-        str(report.value_bits),
-    ]
+def warn_of_bias(found: KVCalibration) -> None:
+    """Name the layers whose key bias other caches stumble over, on standard error."""
+    for report in found.reports:
+        if report.dangerous:
+            print(
+                f"note: layer {report.layer}: the key bias (norm {report.key_bias_norm:.0f}) is "
+                f"{report.key_bias_norm / report.key_spread:.0f} times what an input adds to a key; it is taken out "
+                "here, but a cache that rounds it with the keys loses them",
+                file=sys.stderr,
+            )

@@ -227,10 +227,10 @@ def _to_numpy(layout: KVLayout) -> KVLayout:
 
 
 def _describe(layout: KVLayout) -> str:
-    found = [
-        name for name, on in (("balance", layout.balance is not None), ("hadamard", layout.hadamard)) if on
-    ]
-    return "+".join(found) or "plain"
+    """`balanced`, `rotated`, `both` or `plain`."""
+    if layout.balance is None:
+        return "rotated" if layout.hadamard else "plain"
+    return "both" if layout.hadamard else "balanced"
 
 
 def _only(spec: KVCacheSpec, index: int, keys: bool) -> KVCacheSpec:

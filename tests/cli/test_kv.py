@@ -56,6 +56,8 @@ def test_dangerous_layers_show_in_the_weights(cli: Callable, make_model: Callabl
     assert found.code == 0, found.err
     assert "1 !" in found.out
     assert "0 !" not in found.out
+    assert "note: layer 1: the key bias (norm 1448) is" in found.err
+    assert "layer 0" not in found.err
 
 
 def test_export_stores_it_and_run_uses_it(cli: Callable, layout: Path, tmp_path: Path) -> None:
