@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qwen_quant import __version__
-from qwen_quant.cli import bench, demo, evaluate, export, gptq, run
+from qwen_quant.cli import bench, demo, evaluate, export, gptq, kv, run
 
 HELP = """From a Qwen checkpoint to a 4-bit file that runs on a CPU, with the proof beside it.
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command("gptq")(gptq.command)
 app.command("export")(export.command)
+app.command("kv")(kv.command)
 app.command("run")(run.command)
 app.command("bench")(bench.command)
 app.command("eval")(evaluate.command)

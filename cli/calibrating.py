@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from qwen_quant.checkpoint import Checkpoint
+    from qwen_quant.grids.kv_layout import KVCacheSpec
     from qwen_quant.quantize.layer import LinearReport, QuantizedLayer
     from qwen_quant.quantize.recipe import GridChoice, Recipe
     from qwen_quant.quantize.resume import LayerStore
@@ -35,6 +36,8 @@ class CalibrationOptions:
     resume: bool
     dry_run: bool
     max_ram: str | None
+    kv_cache: str | None
+    kv_bits_budget: float
 
 
 def recipe_of(options: CalibrationOptions, desc_act: bool = False) -> Recipe:
@@ -113,6 +116,24 @@ def stored_record(checkpoint: Checkpoint) -> dict[str, Any] | None:
     meta = checkpoint.quantization.raw.get("meta")
     record = meta.get("recipe") if isinstance(meta, dict) else None
     return record if isinstance(record, dict) else {}
+
+
+def kv_layout(checkpoint: Checkpoint, options: CalibrationOptions) -> KVCacheSpec | None:
+    """The layout of the KV cache that a command line asks to store; None when it asks for none."""
+    from qwen_quant.cli.kv import KVOptions, layout_to_store
+
+    if options.kv_cache is None:
+        return None
+    return layout_to_store(
+        checkpoint,
+        KVOptions(
+            options.kv_cache,
+            options.kv_bits_budget,
+            options.dataset,
+            seq_len=options.seq_len,
+            seed=options.seed,
+        ),
+    )
 
 
 def peak_rss_mb() -> float:

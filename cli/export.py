@@ -115,6 +115,8 @@ def command(
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     no_calibration: options.NoCalibration = False,
+    kv_cache: options.StoredKVCache = None,
+    kv_bits_budget: options.KVBitsBudget = 4.8,
     resume: options.Resume = False,
     dry_run: options.DryRun = False,
     max_ram: options.MaxRam = None,
@@ -164,6 +166,7 @@ def run(options: ExportOptions) -> None:
     if options.dry_run:
         planning.report(plan, options, gguf_grid, recipe, None if chosen is None else chosen.expected_kld)
         return
+    kv_layout = calibrating.kv_layout(checkpoint, options)
     with calibrating.layer_store(options.output, options.resume) as store:
         layers, record = None, calibrating.stored_record(checkpoint)
         if recipe is not None:
@@ -172,7 +175,15 @@ def run(options: ExportOptions) -> None:
             )
             if chosen is not None:
                 record["expected_kld"] = chosen.expected_kld
-        written = export_gguf(checkpoint, options.output, file.file_type, types, layers=layers, record=record)
+        written = export_gguf(
+            checkpoint,
+            options.output,
+            file.file_type,
+            types,
+            layers=layers,
+            record=record,
+            kv_layout=kv_layout,
+        )
     seconds = time.monotonic() - began
     if options.json:
         from qwen_quant.cli.output import print_json

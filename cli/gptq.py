@@ -46,6 +46,8 @@ def command(
     seed: options.Seed = 0,
     device: options.Device = "cpu",
     no_calibration: options.NoCalibration = False,
+    kv_cache: options.StoredKVCache = None,
+    kv_bits_budget: options.KVBitsBudget = 4.8,
     resume: options.Resume = False,
     dry_run: options.DryRun = False,
     max_ram: options.MaxRam = None,
@@ -93,6 +95,7 @@ def run(options: GPTQOptions) -> None:
     if options.dry_run:
         planning.report(plan, options, lambda kind: grid, recipe)
         return
+    kv_layout = calibrating.kv_layout(checkpoint, options)
     with calibrating.layer_store(options.output, options.resume) as store:
         layers, record = calibrating.quantized_layers(
             checkpoint, linear_grid(grid), recipe, store, plan.keep_contexts
@@ -109,6 +112,11 @@ def run(options: GPTQOptions) -> None:
             tied_head=options.tied_head,
             overwrite=options.overwrite,
         )
+    if kv_layout is not None:
+        from qwen_quant.grids.kv_file import FILE_NAME, write_kv_file
+
+        spec = checkpoint.spec
+        write_kv_file(options.output / FILE_NAME, kv_layout, spec.num_key_value_heads, spec.head_dim, {})
     seconds = time.monotonic() - began
     if options.json:
         from qwen_quant.cli.output import print_json

@@ -16,7 +16,12 @@ import numpy as np
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError
-from qwen_quant.exporters.gguf_metadata import add_metadata, architecture, check_expressible
+from qwen_quant.exporters.gguf_metadata import (
+    add_kv_layout,
+    add_metadata,
+    architecture,
+    check_expressible,
+)
 from qwen_quant.exporters.gguf_tensors import (
     Choice,
     choose_types,
@@ -31,6 +36,7 @@ from qwen_quant.exporters.gguf_types import NO_OPTIONS, TypeOptions, file_type_o
 from qwen_quant.files import atomic_file
 from qwen_quant.grids.base import QuantizedTensor
 from qwen_quant.grids.gguf import GRIDS, gguf_grid
+from qwen_quant.grids.kv_layout import KVCacheSpec
 from qwen_quant.progress import progress
 from qwen_quant.quantize.recipe import GridChoice
 from qwen_quant.quantize.stored import StoredTensor
@@ -106,12 +112,14 @@ def export_gguf(
     layers: Iterable[Layer] | None = None,
     record: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
+    kv_layout: KVCacheSpec | None = None,
 ) -> Written:
     """Write `checkpoint` as a GGUF file with the types of `plan_file`.
 
     `layers` delivers quantized decoder layers in order, on the grids of that plan; without it weights are rounded to
     nearest, and the integers of a GPTQ checkpoint are repacked unchanged. Norms and biases stay F32. `record` (the
-    recipe) is written under `qwen_quant.*`.
+    recipe) is written under `qwen_quant.*`, and `kv_layout`, the calibrated cache of keys and values, under
+    `qwen_quant.kv_cache.*` as arrays, which llama.cpp leaves alone (it counts tensors).
 
     Raises what `plan_file` raises, FormatError when a tensor does not fit its type, CheckpointError for weights that
     are missing or not finite, OutputError when `output` cannot be written.
@@ -125,6 +133,8 @@ def export_gguf(
         writer = gguf.GGUFWriter(path, architecture(checkpoint.spec))
         try:
             add_metadata(writer, checkpoint, tokenizer, plan.file_type, record or {})
+            if kv_layout is not None:
+                add_kv_layout(writer, checkpoint, kv_layout)
             _write_header(writer, choices)
             if layers is None:
                 _write_stored(writer, checkpoint, choices)

@@ -14,6 +14,8 @@ from qwen_quant import __version__
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import CheckpointError, FormatError
 from qwen_quant.exporters.gguf_mixes import MIXES
+from qwen_quant.grids.kv_file import as_arrays
+from qwen_quant.grids.kv_layout import KVCacheSpec
 from qwen_quant.moe import MoESpec
 from qwen_quant.rope import RopeScaling, yarn_attention_factor
 from qwen_quant.spec import ModelSpec
@@ -37,6 +39,13 @@ def add_metadata(
     _add_tokenizer(writer, checkpoint, tokenizer)
     for key, value in {"version": __version__, **record}.items():
         _add_value(writer, f"qwen_quant.{key}", value)
+
+
+def add_kv_layout(writer: gguf.GGUFWriter, checkpoint: Checkpoint, layout: KVCacheSpec) -> None:
+    """The layout of the KV cache under `qwen_quant.kv_cache.*`, the arrays of `as_arrays` flattened."""
+    spec = checkpoint.spec
+    for name, array in as_arrays(layout, spec.num_key_value_heads, spec.head_dim).items():
+        writer.add_array(f"qwen_quant.kv_cache.{name}", array.ravel().tolist())
 
 
 def _add_general(writer: gguf.GGUFWriter, checkpoint: Checkpoint, file_type: str) -> None:

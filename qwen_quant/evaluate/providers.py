@@ -62,9 +62,7 @@ class EngineProvider:
             )
         self.name = str(path)
         kind = kv_cache or "f16"
-        self.session = Session.open(
-            path, n_threads=n_threads, isa=isa, cache_type_k=kind, cache_type_v=kind
-        )
+        self.session = Session.open(path, n_threads=n_threads, isa=isa, cache_type_k=kind, cache_type_v=kind)
 
     @property
     def tokenizer(self) -> Tokenizer:

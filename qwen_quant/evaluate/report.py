@@ -82,9 +82,13 @@ class EvalResult:
     def _lines(self) -> list[tuple[str, str]]:
         lines = [("perplexity", f"{self.ppl:.4f} ± {self.ppl_stderr:.4f}")]
         if self.kv_bytes_per_token is not None:
-            lines.append((f"KV cache {self.kv_cache or 'f16'}, bytes per token", f"{self.kv_bytes_per_token:,.0f}"))
+            lines.append(
+                (f"KV cache {self.kv_cache or 'f16'}, bytes per token", f"{self.kv_bytes_per_token:,.0f}")
+            )
         for name, found in (("retrieval", self.retrieval), ("reference's", self.retrieval_reference)):
-            lines += [(f"{name} at depth {depth}", f"{100 * share:.0f} %") for depth, share in (found or {}).items()]
+            lines += [
+                (f"{name} at depth {depth}", f"{100 * share:.0f} %") for depth, share in (found or {}).items()
+            ]
         if self.ppl_reference is None:
             return lines
         return [

@@ -19,12 +19,16 @@ CUE, ANSWER = 8, 16  # tokens
 TRIES = 4  # needles for each depth
 
 
-def needle_retrieval(model: LogitsProvider, windows: npt.NDArray[np.int32], seed: int = 0) -> dict[str, float]:
+def needle_retrieval(
+    model: LogitsProvider, windows: npt.NDArray[np.int32], seed: int = 0
+) -> dict[str, float]:
     """The share of answer tokens that come first, by depth, in windows [n, ctx] of text. Raises UsageError when a
     window has no room for needle and question."""
     ctx = windows.shape[1]
     if ctx < 4 * (CUE + ANSWER):
-        raise UsageError(f"--needle needs windows of {4 * (CUE + ANSWER)} tokens or more; give a larger --ctx")
+        raise UsageError(
+            f"--needle needs windows of {4 * (CUE + ANSWER)} tokens or more; give a larger --ctx"
+        )
     rng = np.random.default_rng(seed)
     vocabulary = np.unique(windows)
     found: dict[str, float] = {}
@@ -43,7 +47,7 @@ def needle_retrieval(model: LogitsProvider, windows: npt.NDArray[np.int32], seed
 
 
 def hidden_needle(text: Tokens, needle: Tokens, depth: float) -> Tokens:
-    """As many tokens as `text` [ctx]: the text with `needle` at `depth`, and the needle again as question and answer."""
+    """As many tokens as `text` [ctx]: the text with `needle` at `depth`, and it again as question and answer."""
     kept = text[: len(text) - 2 * len(needle)]
     at = int(depth * len(kept))
     return np.concatenate((kept[:at], needle, kept[at:], needle))

@@ -10,7 +10,7 @@ import torch
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.evaluate.providers import Logits, Tokens
 from qwen_quant.grids.kv_file import FILE_NAME, read_kv_file
-from qwen_quant.grids.kv_layout import NAMES, KVCacheSpec, uncalibrated
+from qwen_quant.grids.kv_layout import KVCacheSpec, uncalibrated
 from qwen_quant.model import load_model
 from qwen_quant.model.kv_cache import new_quantized_cache
 from qwen_quant.quantize.kv_cache import key_bias
@@ -69,10 +69,13 @@ class TorchProvider:
 def kv_cache_spec(checkpoint: Checkpoint, name: str) -> KVCacheSpec:
     """The layout that `--kv-cache` names: of NAMES, `auto` for the checkpoint folder's own, or a file's.
 
+    As in the engine, int8 and int4 use the changes of basis of a layout that the folder holds.
+
     Raises UsageError for an unknown name, FormatError when the file is missing or of another model.
     """
-    spec = checkpoint.spec
-    if name not in NAMES and (name == "auto" or Path(name).exists()):
-        path = checkpoint.folder / FILE_NAME if name == "auto" else Path(name)
-        return read_kv_file(path, spec.num_hidden_layers, spec.num_key_value_heads, spec.head_dim)[0]
+    spec, stored = checkpoint.spec, checkpoint.folder / FILE_NAME
+    if name == "auto" or (name in ("int8", "int4") and stored.is_file()) or Path(name).is_file():
+        path = Path(name) if Path(name).is_file() else stored
+        found, _ = read_kv_file(path, spec.num_hidden_layers, spec.num_key_value_heads, spec.head_dim)
+        return found if name not in ("int8", "int4") else found.with_bits(int(name[3:]))
     return uncalibrated(name, [key_bias(checkpoint, layer) for layer in range(spec.num_hidden_layers)])

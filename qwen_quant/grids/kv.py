@@ -21,7 +21,7 @@ SCALE_EXPONENT = 20  # scale bytes are floats of 5 exponent and 3 mantissa bits,
 SCALE_SHIFT = 20  # bits of a float32's mantissa that a scale byte lacks
 _LOWEST = (127 - SCALE_EXPONENT) << 3  # of a float32's upper bits, where the bytes begin
 STEPS_DOWN = 4  # scale bytes below the covering one that int4 tries
-INT4_MIDDLE = 7.5  # int4 codes 0 … 15 stand for -7.5 … 7.5 scales: without a zero, sixteen levels reach as far both ways
+INT4_MIDDLE = 7.5  # int4 codes 0 … 15 stand for -7.5 … 7.5 scales: no zero, but as far up as down
 INT8_MAX = 127
 
 
@@ -169,7 +169,9 @@ class ChannelGroups(KVGrid):
         xp = namespace(stored.codes)
         assert stored.scale is not None and stored.offset is not None
         codes = self._groups(xp.astype(stored.codes, xp.float32))
-        return xp.reshape(codes * stored.scale[..., None, :] + stored.offset[..., None, :], stored.codes.shape)
+        return xp.reshape(
+            codes * stored.scale[..., None, :] + stored.offset[..., None, :], stored.codes.shape
+        )
 
     def _groups(self, x: Array) -> Array:
         """[..., T, D] as [..., T / 32, 32, D]."""

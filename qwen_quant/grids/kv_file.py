@@ -35,7 +35,9 @@ def as_arrays(spec: KVCacheSpec, n_kv_heads: int, head_dim: int) -> dict[str, np
     ):
         for layout in layouts:
             if not isinstance(layout.grid, (Half, TokenGroups)):
-                raise FormatError(f"the {layout.grid.name} cache is for measuring only; store int8, int4 or auto")
+                raise FormatError(
+                    f"the {layout.grid.name} cache is for measuring only; store int8, int4 or auto"
+                )
         found[f"{half}_bits"] = np.array([layout.grid.bits for layout in layouts], dtype=np.int32)
         found[f"{half}_hadamard"] = np.array([layout.hadamard for layout in layouts], dtype=np.int32)
         for field, none in (("centre", 0.0), ("balance", 1.0)):
@@ -77,7 +79,9 @@ def write_kv_file(
             writer.write(name, array)
 
 
-def read_kv_file(path: Path, n_layers: int, n_kv_heads: int, head_dim: int) -> tuple[KVCacheSpec, dict[str, Any]]:
+def read_kv_file(
+    path: Path, n_layers: int, n_kv_heads: int, head_dim: int
+) -> tuple[KVCacheSpec, dict[str, Any]]:
     """The layout in `path` and its record. Raises FormatError when the file is none or of another model."""
     try:
         file = SafetensorsFile(path)
@@ -107,7 +111,11 @@ def check_arrays(where: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Raise FormatError for values that no layout has; `where` names their file."""
     for half in HALVES:
         if not np.isin(arrays[f"{half}_bits"], (4, 8, 16)).all():
-            raise FormatError(f"{where}: {half}_bits has other values than 4, 8 and 16; run `qwen-quant kv` again")
+            raise FormatError(
+                f"{where}: {half}_bits has other values than 4, 8 and 16; run `qwen-quant kv` again"
+            )
         centre, balance = (arrays[f"{half}_{field}"] for field in VECTORS)
         if not (np.isfinite(centre).all() and np.isfinite(balance).all() and (balance > 0).all()):
-            raise FormatError(f"{where}: the {half}s' centre or balance is not usable; run `qwen-quant kv` again")
+            raise FormatError(
+                f"{where}: the {half}s' centre or balance is not usable; run `qwen-quant kv` again"
+            )

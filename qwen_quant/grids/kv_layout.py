@@ -21,7 +21,16 @@ from dataclasses import dataclass, replace
 
 from qwen_quant.errors import UsageError
 from qwen_quant.grids.base import Array
-from qwen_quant.grids.kv import ChannelGroups, Half, KVCodes, KVGrid, Qwen1Int8, TokenGroups, TokenRange, hadamard
+from qwen_quant.grids.kv import (
+    ChannelGroups,
+    Half,
+    KVCodes,
+    KVGrid,
+    Qwen1Int8,
+    TokenGroups,
+    TokenRange,
+    hadamard,
+)
 
 NAMES = ("f16", "int8", "int4", "kivi4", "qwen1")  # layouts that need no calibration
 
@@ -105,4 +114,6 @@ def uncalibrated(name: str, key_biases: Sequence[Array | None]) -> KVCacheSpec:
         return KVCacheSpec(
             name, tuple(KVLayer(KVLayout(grid, bias, hadamard=rotated), values) for bias in key_biases)
         )
-    raise UsageError(f"--kv-cache {name}: unknown; choose {', '.join(NAMES)}, auto, or a file of `qwen-quant kv`")
+    raise UsageError(
+        f"--kv-cache {name}: unknown; choose {', '.join(NAMES)}, auto, or a file of `qwen-quant kv`"
+    )

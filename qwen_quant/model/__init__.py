@@ -1,7 +1,8 @@
 """The reference model in torch: the arithmetic that every quantized artifact is measured against."""
 
+from qwen_quant.model.cache import KVCache
 from qwen_quant.model.loading import load_expert, load_layer, load_model, new_rotary
-from qwen_quant.model.transformer import DecoderLayer, KVCache, Model, Rotary
+from qwen_quant.model.transformer import DecoderLayer, Model, Rotary
 
 __all__ = [
     "DecoderLayer",

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from qwen_quant.grids.kv_layout import KVCacheSpec, KVLayer, KVLayout
-from qwen_quant.model.transformer import KVCache, rotate
+from qwen_quant.model.cache import KVCache
+from qwen_quant.model.transformer import rotate
 
 
 class QuantizedKVCache(KVCache):
@@ -28,7 +29,9 @@ class QuantizedKVCache(KVCache):
         """As KVCache's; the keys' centre is turned as they were."""
         if self.prompt is None:
             self.prompt = keys.shape[2]
-        centre = None if self._key_centre is None else rotate(self._key_centre, table)  # [n_kv_heads, seq, head_dim]
+        centre = (
+            None if self._key_centre is None else rotate(self._key_centre, table)
+        )  # [n_kv_heads, seq, head_dim]
         self.keys = self._halves[0].add(keys.float(), centre)
         self.values = self._halves[1].add(values.float(), self._value_centre)
         return self.keys, self.values

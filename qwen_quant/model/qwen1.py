@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen_quant.model.cache import KVCache
 from qwen_quant.model.mlp import MLP
 from qwen_quant.model.transformer import (
     DecoderLayer,
-    KVCache,
     Model,
     RMSNorm,
     Rotary,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_quant.model import dual_chunk
+from qwen_quant.model.cache import KVCache
 from qwen_quant.model.mlp import MLP, SparseMLP
 from qwen_quant.spec import ModelSpec
 
@@ -78,33 +79,6 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (x.float() * cos + turned * sin).to(x.dtype)
-
-
-class KVCache:
-    """Keys (after rotation) and values of one layer, each [batch, n_kv_heads, seq, head_dim].
-
-    `prompt` is how many tokens were read first, on which Qwen (1)'s rotary base depends.
-    """
-
-    def __init__(self) -> None:
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.prompt: int | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens so far."""
-        return 0 if self.keys is None else self.keys.shape[2]
-
-    def append(self, keys: Tensor, values: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Add new positions, whose keys `table` has turned, and return all of them."""
-        if self.prompt is None:
-            self.prompt = keys.shape[2]
-        if self.keys is not None and self.values is not None:
-            keys = torch.cat((self.keys, keys), dim=2)
-            values = torch.cat((self.values, values), dim=2)
-        self.keys, self.values = keys, values
-        return keys, values
 
 
 class Attention(nn.Module):

@@ -88,16 +88,21 @@ def inspect(checkpoint: Checkpoint) -> list[LayerReport]:
 
 
 @torch.no_grad()
-def calibrate_kv(checkpoint: Checkpoint, windows: np.ndarray, bits_budget: float = AUTO_BUDGET) -> KVCalibration:
-    """Choose the layout of every layer's keys and values on token windows [samples, seq].
+def calibrate_kv(
+    checkpoint: Checkpoint, windows: np.ndarray, bits_budget: float = AUTO_BUDGET, bits: int | None = None
+) -> KVCalibration:
+    """Choose the layout of every layer's keys and values on token windows [samples, seq], at `bits` everywhere or
+    mixed.
 
-    `bits_budget` is the mean number of stored bits per number, scales included. Raises UsageError when int4 alone
-    takes more.
+    `bits_budget` is the mean number of stored bits per number of a mixture, scales included. Raises UsageError when
+    int4 alone takes more.
     """
     spec = checkpoint.spec
     least = TokenGroups(4).bits_per_value(spec.head_dim)
     if bits_budget < least:
-        raise UsageError(f"--kv-bits-budget {bits_budget:g}: int4 takes {least:g} bits with its scales; give that or more")
+        raise UsageError(
+            f"--kv-bits-budget {bits_budget:g}: int4 takes {least:g} bits with its scales; give that or more"
+        )
     model = load_model(checkpoint)
     tokens = torch.from_numpy(windows).long()
     reports = inspect(checkpoint)
@@ -113,7 +118,12 @@ def calibrate_kv(checkpoint: Checkpoint, windows: np.ndarray, bits_budget: float
             advance(1, f"keys of layer {index}")
             report.value_kld = _kld(plain, model, tokens, _only(chosen, index, keys=False))
             advance(1, f"values of layer {index}")
-    chosen = _spend(chosen, reports, bits_budget, spec.head_dim)
+    if bits is None:
+        chosen = _spend(chosen, reports, bits_budget, spec.head_dim)
+    else:
+        chosen = chosen.with_bits(bits)
+        for report in reports:
+            report.key_bits = report.value_bits = bits
     return KVCalibration(chosen, reports, _kld(plain, model, tokens, chosen))
 
 
@@ -150,7 +160,9 @@ def _choose_layouts(
     value_balance = _balance(_output_gain(layer, keys.shape[1]), spread)
 
     key_layouts = [KVLayout(TokenGroups(4), centre, b, h) for b in (None, key_balance) for h in (False, True)]
-    report.key_error, key_layout = min(((trial.error(k, None), k) for k in key_layouts), key=lambda pair: pair[0])
+    report.key_error, key_layout = min(
+        ((trial.error(k, None), k) for k in key_layouts), key=lambda pair: pair[0]
+    )
     value_layouts = [
         KVLayout(TokenGroups(4), value_centre, b, h) for b in (None, value_balance) for h in (False, True)
     ]
@@ -209,12 +221,16 @@ class _Trial:
 
 def _to_numpy(layout: KVLayout) -> KVLayout:
     centre = None if layout.centre is None or not layout.centre.any() else layout.centre.cpu().numpy()
-    return replace(layout, centre=centre, balance=None if layout.balance is None else layout.balance.cpu().numpy())
+    return replace(
+        layout, centre=centre, balance=None if layout.balance is None else layout.balance.cpu().numpy()
+    )
 
 
 def _describe(layout: KVLayout) -> str:
-    found = [name for name, on in (("balance", layout.balance is not None), ("hadamard", layout.hadamard)) if on]
-    return "+".join(found) or "plain"
+    """`balanced`, `rotated`, `both` or `plain`."""
+    if layout.balance is None:
+        return "rotated" if layout.hadamard else "plain"
+    return "both" if layout.hadamard else "balanced"
 
 
 def _only(spec: KVCacheSpec, index: int, keys: bool) -> KVCacheSpec:
@@ -260,4 +276,5 @@ def _spend(spec: KVCacheSpec, reports: list[LayerReport], budget: float, head_di
 
 def record(found: KVCalibration) -> dict[str, Any]:
     """What is stored beside the layout."""
-    return {"kld": found.kld, "layers": [vars(report) for report in found.reports]}
+    layers = [{**vars(report), "dangerous": report.dangerous} for report in found.reports]
+    return {"kld": found.kld, "layers": layers}

@@ -19,6 +19,7 @@ from helpers.torch_greedy import greedy
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.exporters.gguf import TypeOptions, export_gguf
 from qwen_quant.exporters.gguf_tensors import gguf_name, stacked
+from qwen_quant.grids.kv_layout import uncalibrated
 from qwen_quant.model import Model, load_model
 from qwen_quant.safetensors import Planned, SafetensorsWriter
 from qwen_quant.tokenizer import Tokenizer
@@ -220,3 +221,16 @@ def test_llama_cpp_tokenizes_as_we_do(reference: Path, tmp_path: Path) -> None:
     with llama_cpp(path) as server:
         for text in TEXTS:
             assert server.tokenize(text, special=True) == tokenizer.encode(text, special=True), text
+
+
+def test_a_stored_layout_of_the_kv_cache_changes_nothing(reference: Path, tmp_path: Path) -> None:
+    """llama.cpp loads the file and says the same: the layout is metadata, no tensors that it would count."""
+    checkpoint = Checkpoint(reference)
+    bias = np.ones((2, 64), dtype=np.float32)
+    said = []
+    for name, layout in (("plain", None), ("with", uncalibrated("int4", [bias] * 4))):
+        path = tmp_path / f"{name}.gguf"
+        export_gguf(checkpoint, path, "Q8_0", kv_layout=layout)
+        with llama_cpp(path) as server:
+            said.append([token["id"] for token in server.complete([40, 50, 60], 8)])
+    assert said[0] == said[1]

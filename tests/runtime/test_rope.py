@@ -16,7 +16,7 @@ from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError
 from qwen_quant.exporters.gguf import export_gguf
 from qwen_quant.model import load_model
-from qwen_quant.model.transformer import KVCache
+from qwen_quant.model.cache import KVCache
 from qwen_quant.runtime.session import Session
 
 TinyModels = Callable[..., Any]

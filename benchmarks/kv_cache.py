@@ -1,0 +1,154 @@
+"""What a cache of keys and values costs and gives: our engine's types beside llama.cpp's, on the same GGUF files.
+
+    qwen-quant export MODEL --type F16 --kv-cache auto -o quality.gguf          # a trained model: quality
+    python benchmarks/shapes.py qwen3-0.6b -o /tmp/shape                        # released shapes: speed
+    qwen-quant export /tmp/shape --type Q4_0 --no-calibration -o speed.gguf
+    python benchmarks/kv_cache.py --quality quality.gguf --speed speed.gguf --llama-bench PATH --llama-perplexity PATH
+
+Quality: bytes per token, KLD against the F16 cache of the same file at each --ctx, perplexity, retrieval. Speed: tok/s
+of single tokens at each --depth, programs and types in turn, the median of --runs. llama.cpp's own tools are optional.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from qwen_quant.errors import QwenQuantError
+from qwen_quant.evaluate.report import HELD_OUT, evaluate
+from qwen_quant.runtime.session import Session
+
+OURS = ("f16", "int8", "int4", "auto")
+LLAMA_CPP = ("f16", "q8_0", "q4_0")
+STEPS = 16  # tokens timed at a depth
+
+
+def quality(path: Path, data: Path, ctx: int, windows: int | None) -> None:
+    """A row for each of our types."""
+    print(f"\n{path.name}, windows of {ctx}\ncache   bytes/token      KLD  perplexity  retrieval")
+    for kind in OURS:
+        try:
+            found = evaluate(path, path, data, ctx=ctx, max_windows=windows, kv_cache=kind, needle=True)
+        except QwenQuantError as error:
+            print(f"{kind:6}  {error}")
+            continue
+        retrieval = " ".join(f"{share:.2f}" for share in (found.retrieval or {}).values())
+        print(
+            f"{kind:6}  {found.kv_bytes_per_token:11,.0f}  {found.kld_mean:.6f}  {found.ppl:10.4f}  {retrieval}",
+            flush=True,
+        )
+
+
+def llama_quality(tool: Path, path: Path, data: Path, ctx: int) -> None:
+    """KLD and perplexity of llama.cpp's types against its own F16 cache, by its perplexity tool."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "logits"
+        common = [
+            str(tool),
+            "-m",
+            str(path),
+            "-f",
+            str(data),
+            "-c",
+            str(ctx),
+            "--kl-divergence-base",
+            str(base),
+        ]
+        subprocess.run(common, check=True, capture_output=True)
+        for kind in LLAMA_CPP:
+            options = ["--kl-divergence", "-ctk", kind, "-ctv", kind, "-fa", "on"]
+            done = subprocess.run(common + options, check=True, capture_output=True, text=True)
+            lines = [
+                line for line in done.stdout.splitlines() if line.startswith(("Mean    KLD", "Mean PPL(Q)"))
+            ]
+            print(f"llama.cpp {kind:5} {'; '.join(' '.join(line.split()) for line in lines)}", flush=True)
+
+
+def step_rate(path: Path, kind: str, depth: int, threads: int) -> float:
+    """Tokens per second of single steps after `depth` others."""
+    session = Session.open(
+        path, n_threads=threads, n_ctx=depth + 2 * STEPS, cache_type_k=kind, cache_type_v=kind
+    )
+    tokens = np.random.default_rng(0).integers(0, session.n_vocab, depth + STEPS).astype(np.int32)
+    if depth:
+        session.prefill(tokens[:depth])
+    session.step(int(tokens[depth]))
+    began = time.perf_counter()
+    for token in tokens[depth + 1 :]:
+        session.step(int(token))
+    return (STEPS - 1) / (time.perf_counter() - began)
+
+
+def llama_rate(tool: Path, path: Path, kind: str, depth: int, threads: int) -> float:
+    """The same by llama-bench."""
+    command = [
+        *(str(tool), "-m", str(path), "-p", "0", "-n", str(STEPS), "-d", str(depth), "-t", str(threads)),
+        *("-ctk", kind, "-ctv", kind, "-fa", "1", "-r", "1", "-o", "json"),
+    ]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout)[-1]["avg_ts"])
+
+
+def contenders(options: argparse.Namespace, depth: int) -> Iterator[tuple[str, float]]:
+    """Every program and type once."""
+    for kind in options.types:
+        yield f"ours {kind}", step_rate(options.speed, kind, depth, options.threads)
+    for kind in LLAMA_CPP if options.llama_bench else ():
+        yield (
+            f"llama.cpp {kind}",
+            llama_rate(options.llama_bench, options.speed, kind, depth, options.threads),
+        )
+
+
+def speed(options: argparse.Namespace) -> None:
+    """Medians of alternating runs, a line for each contender and depth."""
+    for depth in options.depth:
+        rates: dict[str, list[float]] = {}
+        for _ in range(options.runs):
+            for name, rate in contenders(options, depth):
+                rates.setdefault(name, []).append(rate)
+        whole = statistics.median(rates["ours f16"]) if "ours f16" in rates else float("nan")
+        print(
+            f"\n{options.speed.name} at depth {depth:,}, {options.threads} threads\ncache            tok/s  of ours f16"
+        )
+        for name, found in rates.items():
+            median = statistics.median(found)
+            print(f"{name:15} {median:6.1f}  {median / whole:11.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--quality", type=Path, help="a GGUF file of a trained model")
+    add("--data", type=Path, default=HELD_OUT)
+    add("--ctx", type=int, nargs="+", default=[512, 2048])
+    add("--max-windows", type=int)
+    add("--speed", type=Path, help="a GGUF file of a released shape")
+    add("--types", nargs="+", default=["f16", "int8", "int4"])
+    add("--depth", type=int, nargs="+", default=[0, 4096, 16384])
+    add("--runs", type=int, default=3)
+    add("--threads", type=int, default=2)
+    add("--llama-bench", type=Path, help="llama.cpp's llama-bench")
+    add("--llama-perplexity", type=Path, help="llama.cpp's llama-perplexity")
+    options = parser.parse_args()
+    if options.quality:
+        for ctx in options.ctx:
+            quality(options.quality, options.data, ctx, options.max_windows)
+            if options.llama_perplexity:
+                llama_quality(options.llama_perplexity, options.quality, options.data, ctx)
+    if options.speed:
+        speed(options)
+
+
+if __name__ == "__main__":
+    main()
