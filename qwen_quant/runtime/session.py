@@ -16,8 +16,8 @@ import numpy.typing as npt
 from qwen_quant import _core
 from qwen_quant.errors import QwenQuantError
 from qwen_quant.runtime.gguf import GGUFFile
-from qwen_quant.runtime.onnx import OnnxEngine, OnnxFolder, is_onnx_folder
 from qwen_quant.runtime.lookup import LookupSteps
+from qwen_quant.runtime.onnx import OnnxEngine, OnnxFolder, is_onnx_folder
 from qwen_quant.runtime.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:
