@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from qwen_quant.errors import FormatError, QwenQuantError
+from qwen_quant.errors import FormatError, QwenQuantError, UsageError
 from qwen_quant.files import atomic_file
 from qwen_quant.runtime.gguf import GGUFFile
 from qwen_quant.runtime.session import Session
@@ -48,6 +48,8 @@ def fingerprint(file: GGUFFile) -> str:
 
 
 def _header(session: Session, n_tokens: int) -> dict[str, Any]:
+    if not isinstance(session.file, GGUFFile):
+        raise UsageError(f"{session.file.path}: prompt caches are for GGUF files; leave {OPTION} out")
     engine = session.engine
     return {
         "model": fingerprint(session.file),

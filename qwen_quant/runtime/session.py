@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_quant import _core
-from qwen_quant.errors import QwenQuantError
+from qwen_quant.errors import QwenQuantError, UsageError
 from qwen_quant.runtime.gguf import GGUFFile
 from qwen_quant.runtime.lookup import LookupSteps
 from qwen_quant.runtime.sampling import Sampler, SamplingParams
@@ -198,6 +198,8 @@ class Session:
         they are the same ones. Afterwards, and while it runs, `timings` tells what it took. Raises as `prefill`
         does.
         """
+        if self.draft_max and not isinstance(self.file, GGUFFile):
+            raise UsageError(f"{self.file.path}: prompt lookup is for GGUF files; leave --lookup out")
         sampler = Sampler(sampling or SamplingParams())
         history = [*self._tokens, *prompt_tokens]
         self.timings = timings = Timings(prompt_tokens=len(prompt_tokens))
