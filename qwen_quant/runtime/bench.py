@@ -130,11 +130,12 @@ def _bench_threads(
         session = open_session(path, options, n_threads)
         session.step(0)
         load_s.append(time.perf_counter() - start)
-    n = session.engine.n_threads if isinstance(session.file, GGUFFile) else n_threads or os.cpu_count() or 1
+    native = session.engine if isinstance(session.engine, _core.Engine) else None
+    n = native.n_threads if native else n_threads or os.cpu_count() or 1
     loading = peak.read()
     probe = _core.MemoryProbe(n, probe_bytes())
     work = work_per_token(session.file) if isinstance(session.file, GGUFFile) else None
-    kv_bytes = session.engine.kv_bytes_per_token if work else 0.0
+    kv_bytes = native.kv_bytes_per_token if native else 0.0
     for depth in options.depths:
         row = BenchRow(n, depth, work, kv_bytes, options.n_gen, load_s)
         peak = PeakMemory()
