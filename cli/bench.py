@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -54,7 +55,7 @@ def command(
         for row in bench(path, wanted):
             rows.append(row)
             advance(1, f"{row.n_threads} threads at depth {row.n_depth}")
-    checked = check_text(path, wanted) if check else {}
+    checked = check_text(path, wanted) if check and not Path(path).is_dir() else {}
     if json:
         from qwen_quant.cli.output import print_json
         from qwen_quant.runtime.bench import summary

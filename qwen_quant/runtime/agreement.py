@@ -37,7 +37,7 @@ def check_greedy(session: Session, scalar: Session, prompt: Sequence[int], n_tok
         found = f"and the scalar ones differ by {typical:.3f} standard deviations of the logits"
     if found:
         raise QwenQuantError(
-            f"{session.file.path}: the {session.engine.isa} kernels {found}; "
+            f"{session.file.path}: the {session.native('bench').isa} kernels {found}; "
             "run with --isa scalar, and report this CPU"
         )
     return int(np.count_nonzero(expected.argmax(axis=1) == tokens))

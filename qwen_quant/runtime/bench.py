@@ -17,6 +17,7 @@ import numpy as np
 
 from qwen_quant import _core
 from qwen_quant.errors import UsageError
+from qwen_quant.runtime.gguf import GGUFFile
 from qwen_quant.runtime.session import Session
 from qwen_quant.runtime.work import Work, work_per_token
 
@@ -65,8 +66,8 @@ class BenchRow:
 
     n_threads: int
     n_depth: int
-    work: Work
-    kv_bytes_per_token: int
+    work: Work | None  # unknown for other files than GGUF
+    kv_bytes_per_token: float
     n_gen: int
     load_s: list[float]
     pp_tok_s: list[float] = field(default_factory=list)
@@ -81,21 +82,21 @@ class BenchRow:
         return statistics.median(values) if values else None
 
     @property
-    def bytes_per_token(self) -> float:
-        """Weights and cache that a step reads, on average over the steps."""
-        return self.work.weight_bytes + self.kv_bytes_per_token * (self.n_depth + (self.n_gen + 1) / 2)
-
-    @property
     def bandwidth_fraction(self) -> float | None:
-        """Bytes that decoding reads per second, of those that the machine can read."""
+        """Bytes of weights and cache that decoding reads per second, of those that the machine can read."""
         speed, limit = self.median("tg_tok_s"), self.median("bandwidth_gb_s")
-        return None if speed is None or limit is None else speed * self.bytes_per_token / 1e9 / limit
+        if speed is None or limit is None or self.work is None:
+            return None
+        cached = self.kv_bytes_per_token * (self.n_depth + (self.n_gen + 1) / 2)  # on average over the steps
+        return speed * (self.work.weight_bytes + cached) / 1e9 / limit
 
     @property
     def int8_fraction(self) -> float | None:
         """Operations of the linear layers per second in a prompt, of those that the machine can do."""
         speed, limit = self.median("pp_tok_s"), self.median("int8_gop_s")
-        return None if speed is None or limit is None else speed * self.work.operations / 1e9 / limit
+        if speed is None or limit is None or self.work is None:
+            return None
+        return speed * self.work.operations / 1e9 / limit
 
     def as_dict(self) -> dict[str, Any]:
         """Medians, with `_min` and `_max` beside them."""
@@ -129,10 +130,12 @@ def _bench_threads(
         session = open_session(path, options, n_threads)
         session.step(0)
         load_s.append(time.perf_counter() - start)
-    n = session.engine.n_threads
+    native = session.engine if isinstance(session.engine, _core.Engine) else None
+    n = native.n_threads if native else n_threads or os.cpu_count() or 1
     loading = peak.read()
     probe = _core.MemoryProbe(n, probe_bytes())
-    work, kv_bytes = work_per_token(session.file), session.engine.kv_bytes_per_token
+    work = work_per_token(session.file) if isinstance(session.file, GGUFFile) else None
+    kv_bytes = native.kv_bytes_per_token if native else 0.0
     for depth in options.depths:
         row = BenchRow(n, depth, work, kv_bytes, options.n_gen, load_s)
         peak = PeakMemory()

@@ -48,7 +48,8 @@ def fingerprint(file: GGUFFile) -> str:
 
 
 def _header(session: Session, n_tokens: int) -> dict[str, Any]:
-    engine = session.engine
+    engine = session.native(OPTION)
+    assert isinstance(session.file, GGUFFile)
     return {
         "model": fingerprint(session.file),
         "architecture": engine.architecture,
@@ -68,8 +69,9 @@ def save(session: Session, path: str | os.PathLike[str], n_tokens: int | None = 
     with atomic_file(Path(path), OPTION) as partial, open(partial, "wb") as out:
         out.write(MAGIC + struct.pack("<I", len(header)) + header)
         out.write(np.asarray(session.tokens[:n], dtype="<i4").tobytes())
-        for layer in range(session.engine.n_layers):
-            data = session.engine.read_kv(layer, n).data
+        engine = session.native(OPTION)
+        for layer in range(engine.n_layers):
+            data = engine.read_kv(layer, n).data
             out.write(LAYER.pack(data.nbytes, zlib.crc32(data)))
             out.write(data)
 
@@ -111,7 +113,7 @@ def _load(session: Session, path: str | os.PathLike[str], stream: BinaryIO) -> N
     if data is None or tokens.min() < 0 or tokens.max() >= session.n_vocab:
         raise damaged
     try:
-        session.restore(tokens.tolist(), _layers(stream, session.engine.n_layers))
+        session.restore(tokens.tolist(), _layers(stream, session.native(OPTION).n_layers))
     except QwenQuantError:  # a layer is not as long as it says, or as its model wants it
         raise damaged from None
 

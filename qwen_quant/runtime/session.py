@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_quant import _core
-from qwen_quant.errors import QwenQuantError
+from qwen_quant.errors import QwenQuantError, UsageError
 from qwen_quant.runtime.gguf import GGUFFile
 from qwen_quant.runtime.lookup import LookupSteps
 from qwen_quant.runtime.onnx import OnnxEngine, OnnxFolder, is_onnx_folder
@@ -135,13 +135,19 @@ class Session:
         self.engine.truncate(n_tokens)
         del self._tokens[n_tokens:]
 
+    def native(self, wanted: str) -> _core.Engine:
+        """The C++ engine, which `wanted` needs. Raises UsageError where another one runs the file."""
+        if isinstance(self.engine, _core.Engine):
+            return self.engine
+        raise UsageError(f"{self.file.path}: {wanted} needs a GGUF file; export the model as one")
+
     def restore(self, tokens: Sequence[int], layers: Iterable[npt.NDArray[np.uint8]]) -> None:
         """Makes `tokens` the context, with keys and values as `Engine.read_kv` gave them, layer after layer.
 
         Raises QwenQuantError when they have other sizes; then, as after any error, the context is empty.
         """
         self.reset()
-        self.engine.restore_kv(len(tokens), layers)
+        self.native("a stored context").restore_kv(len(tokens), layers)
         self._tokens[:] = tokens
 
     def keep_shared(self, tokens: Sequence[int]) -> Sequence[int]:
@@ -197,6 +203,8 @@ class Session:
         they are the same ones. Afterwards, and while it runs, `timings` tells what it took. Raises as `prefill`
         does.
         """
+        if self.draft_max:
+            self.native("--lookup")
         sampler = Sampler(sampling or SamplingParams())
         history = [*self._tokens, *prompt_tokens]
         self.timings = timings = Timings(prompt_tokens=len(prompt_tokens))
