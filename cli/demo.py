@@ -90,12 +90,12 @@ def run(options: DemoOptions) -> None:
     from rich.console import Console
 
     Console().print(table(rows))
-    print(f"Q4_0 says: {PROMPT}{' '.join(text.split(chr(10)))}")
+    print(f"{artifacts[-1].name} says: {PROMPT}{' '.join(text.split(chr(10)))}")
     print(f"{seconds:.0f} s in all" + (f"; artifacts in {options.keep}" if options.keep else ""))
 
 
 def make_artifacts(checkpoint: Checkpoint, folder: Path) -> list[Artifact]:
-    """The checkpoint as BF16, GPTQ at 8 and 4 bits, and Q4_0, each also as the GGUF file that runs."""
+    """The checkpoint as BF16, GPTQ at 8 and 4 bits, Q4_0 and Q4_K_M, each also as the GGUF file that runs."""
     from qwen_quant.checkpoint import Checkpoint
     from qwen_quant.cli import calibrating
     from qwen_quant.exporters.gguf import TypeOptions, export_gguf, plan_file
@@ -114,13 +114,13 @@ def make_artifacts(checkpoint: Checkpoint, folder: Path) -> list[Artifact]:
         export_gptq(checkpoint, layers, target, grid, recipe, record, tied_head=False, overwrite=True)
         export_gguf(Checkpoint(target), gguf, record=record)
         made.append(Artifact(name, str(target), gguf))
-    gguf = folder / "q4_0.gguf"
-    types = TypeOptions(token_embedding_type="Q8_0", calibrated=True)
-    layers, record = calibrating.quantized_layers(
-        checkpoint, plan_file(checkpoint, "Q4_0", types).grids, recipe
-    )
-    export_gguf(checkpoint, gguf, "Q4_0", types, layers=layers, record=record)
-    made.append(Artifact("Q4_0 GGUF", str(gguf), gguf))
+    types = TypeOptions(calibrated=True)
+    for file_type in ("Q4_0", "Q4_K_M"):
+        gguf = folder / f"{file_type.lower()}.gguf"
+        grids = plan_file(checkpoint, file_type, types).grids
+        layers, record = calibrating.quantized_layers(checkpoint, grids, recipe)
+        export_gguf(checkpoint, gguf, file_type, types, layers=layers, record=record)
+        made.append(Artifact(f"{file_type} GGUF", str(gguf), gguf))
     return made
 
 

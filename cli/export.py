@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,21 +127,51 @@ def command(
     run(ExportOptions(**locals()))
 
 
+# Options that only one format knows, as they are spelled.
+ONLY = {
+    "gguf": {
+        "tensor_type": "--tensor-type",
+        "pure": "--pure",
+        "target_bpw": "--target-bpw",
+        "target_size": "--target-size",
+        "kv_cache": "--kv-cache",
+    },
+    "onnx": {
+        "group_size": "--group-size",
+        "sym": "--asym",
+        "accuracy_level": "--accuracy-level",
+        "opset": "--opset",
+        "verify": "--no-verify",
+    },
+}
+
+
+def check_format(options: ExportOptions) -> None:
+    """Raise UsageError for an unknown --format, and for options that mean nothing to it."""
+    from qwen_quant.errors import UsageError
+
+    if options.format not in ONLY:
+        raise UsageError(f"--format {options.format}: not supported; choose {' or '.join(ONLY)}")
+    defaults = inspect.signature(command).parameters
+    for other in ONLY.keys() - {options.format}:
+        for name, spelled in ONLY[other].items():
+            if getattr(options, name) != defaults[name].default:
+                raise UsageError(f"{spelled}: belongs to --format {other}; drop it or choose that format")
+
+
 def run(options: ExportOptions) -> None:
     """Quantize where needed, write, and report."""
     import time
 
     from qwen_quant.checkpoint import Checkpoint
     from qwen_quant.cli import budget, planning
-    from qwen_quant.errors import UsageError
     from qwen_quant.exporters.gguf import TypeOptions, export_gguf, notes, plan_file
     from qwen_quant.grids.gguf import gguf_grid
 
+    check_format(options)
     if options.format == "onnx":
         export_onnx.run(options)
         return
-    if options.format != "gguf":
-        raise UsageError(f"--format {options.format}: not supported; choose gguf or onnx")
     began = time.monotonic()
     max_ram = planning.parse_ram(options.max_ram)
     checkpoint = Checkpoint.open(options.model)

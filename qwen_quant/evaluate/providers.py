@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from qwen_quant.checkpoint import resolve_model
 from qwen_quant.errors import FormatError, QwenQuantError, UsageError
-from qwen_quant.runtime.onnx import is_onnx_folder
+from qwen_quant.runtime.onnx import OnnxEngine, is_onnx_folder
 
 if TYPE_CHECKING:
     from qwen_quant.tokenizer import Tokenizer
@@ -78,7 +78,8 @@ class EngineProvider:
 
     @property
     def kv_bytes_per_token(self) -> float | None:
-        return self.session.engine.kv_bytes_per_token
+        engine = self.session.engine
+        return None if isinstance(engine, OnnxEngine) else engine.kv_bytes_per_token
 
     def window_logits(self, tokens: Tokens, first: int = 0) -> Logits:
         return self.session.logits(tokens)[first:]
@@ -98,7 +99,7 @@ def open_provider(
     """
     path = resolve_model(os.fspath(model))
     if is_onnx_folder(path):
-        return EngineProvider(path, n_threads)
+        return EngineProvider(path, n_threads, kv_cache=kv_cache)
     if path.is_dir():
         try:
             from qwen_quant.evaluate.torch_provider import TorchProvider

@@ -19,10 +19,6 @@ from qwen_quant import _core
 
 Array = Any  # a NumPy array or a torch tensor
 
-# Scales tried by the search, relative to the one that just covers the group's extreme value. Clipping the
-# extreme often pays at few bits; a little above 1 pays when the other values then fall nearer to codes.
-SHRINK = tuple(0.70 + 0.05 * step for step in range(8))
-REFINEMENTS = 2
 CHUNK = 1 << 18  # weights searched at once: the temporaries stay in the second-level cache
 FP16_TINY = 2.0**-24
 
@@ -97,6 +93,15 @@ class QuantizedTensor:
         return self.grid.decode(
             self.codes, self.grid.spread(self.scales, self.codes.shape[1], self.group_index)
         )
+
+
+def joined(scales: Sequence[Scales]) -> Scales:
+    """Scales to try, each [M, 1], as one [M, C]."""
+    xp = namespace(scales[0].scale)
+    return Scales(
+        xp.concat([trial.scale for trial in scales], axis=1),
+        xp.concat([trial.offset for trial in scales], axis=1),
+    )
 
 
 class AffineGrid(ABC):
@@ -279,43 +284,3 @@ class CentredGrid(AffineGrid):
 
     def position(self, w: Array, scale: Array, offset: Array) -> Array:
         return w / scale + offset
-
-
-def joined(scales: Sequence[Scales]) -> Scales:
-    """Scales to try, each [M, 1], as one [M, C]."""
-    xp = namespace(scales[0].scale)
-    return Scales(
-        xp.concat([trial.scale for trial in scales], axis=1),
-        xp.concat([trial.offset for trial in scales], axis=1),
-    )
-
-
-class SeparateGroups(AffineGrid):
-    """A grid whose groups share nothing, so that each is searched for itself."""
-
-    @abstractmethod
-    def candidates(self, groups: Array) -> list[Scales]:
-        """Scales the search tries for groups [M, group_size], each [M, 1]."""
-
-    @abstractmethod
-    def refit(self, sums: Sums, scales: Scales) -> Scales:
-        """Least-squares scales for the levels that `scales` led to, all [M, 1]."""
-
-    def search(self, groups: Array, importance: Array) -> Scales:
-        xp = namespace(groups)
-        trials = joined([self.plain(groups), *self.candidates(groups)])
-        errors = self.error(groups, importance, trials)
-        first = xp.argmin(errors, axis=1, keepdims=True)
-        scale, offset, best_error = (
-            xp.take_along_axis(x, first, axis=1) for x in (trials.scale, trials.offset, errors)
-        )
-        best = Scales(scale, offset)
-        for _ in range(REFINEMENTS):
-            trial = self.refit(self.sums(groups, importance, best), best)
-            error = self.error(groups, importance, trial)
-            better = error < best_error
-            best = Scales(
-                xp.where(better, trial.scale, best.scale), xp.where(better, trial.offset, best.offset)
-            )
-            best_error = xp.where(better, error, best_error)
-        return best

@@ -13,17 +13,16 @@ import numpy as np
 
 from qwen_quant.errors import UsageError
 from qwen_quant.grids.base import (
-    SHRINK,
     Array,
     CentredGrid,
     QuantizedTensor,
     Scales,
-    SeparateGroups,
     Sums,
     fp16_scale,
     namespace,
     ratio,
 )
+from qwen_quant.grids.separate import SHRINK, SeparateGroups
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 32, 64, 128)

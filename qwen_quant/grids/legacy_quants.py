@@ -9,12 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 from qwen_quant.grids.base import (
-    SHRINK,
     Array,
     CentredGrid,
     QuantizedTensor,
     Scales,
-    SeparateGroups,
     Sums,
     fp16_scale,
     namespace,
@@ -30,6 +28,7 @@ from qwen_quant.grids.blocks import (
     pack_planes,
     unpack_planes,
 )
+from qwen_quant.grids.separate import SHRINK, SeparateGroups
 
 
 class _ShortCodes(BlockGrid, SeparateGroups):

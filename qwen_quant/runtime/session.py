@@ -84,6 +84,10 @@ class Session:
         exactly, QwenQuantError for options that this machine cannot serve.
         """
         if is_onnx_folder(Path(path)):
+            if (cache_type_k, cache_type_v) != ("f16", "f16"):
+                raise UsageError(
+                    f"{path}: an ONNX folder's cache is as its graph has it; drop the cache types"
+                )
             folder = OnnxFolder(path)
             return cls(folder, OnnxEngine(folder, n_threads or 0, n_ctx or 0))
         file = GGUFFile(path)

@@ -66,7 +66,13 @@ def test_only_a_checkpoint_is_overwritten(cli: Callable, make_model: Callable, t
 def test_demo_json_contract(cli: Callable, make_model: Callable, tmp_path: Path) -> None:
     folder = make_model(hidden_size=128, intermediate_size=128, num_hidden_layers=1)
     found = cli("demo", folder, "--json", "--keep", tmp_path / "kept", "-t", "1").json
-    assert [row["format"] for row in found["rows"]] == ["BF16", "int8 GPTQ", "int4 GPTQ", "Q4_0 GGUF"]
+    assert [row["format"] for row in found["rows"]] == [
+        "BF16",
+        "int8 GPTQ",
+        "int4 GPTQ",
+        "Q4_0 GGUF",
+        "Q4_K_M GGUF",
+    ]
     assert found["rows"][0]["kld_mean"] == 0
     assert all({"bytes", "ppl", "kld_mean", "tg_tok_s"} <= row.keys() for row in found["rows"])
     assert isinstance(found["text"], str)

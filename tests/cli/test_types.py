@@ -77,3 +77,22 @@ def test_what_cannot_be(
     assert (found.code, found.err.count("\n")) == (2, 1)
     assert message in found.err
     assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("file_format", "option"),
+    [
+        ("onnx", ["--target-bpw", "4.5"]),
+        ("onnx", ["--pure"]),
+        ("gguf", ["--asym"]),
+        ("gguf", ["--opset", "23"]),
+    ],
+)
+def test_options_of_another_format_are_refused(
+    cli: Callable, make_model: Callable, tmp_path: Path, file_format: str, option: list[str]
+) -> None:
+    command = ["export", make_model(), "-o", tmp_path / "m", "--format", file_format, *option]
+    found = cli(*command)
+    assert found.code == 2
+    assert f"{option[0]}: belongs to --format" in found.err
+    assert not (tmp_path / "m").exists()
