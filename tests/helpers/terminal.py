@@ -31,6 +31,8 @@ class Terminal:
 
     def press(self, keys: str) -> None:
         """Type `keys`, control characters among them."""
+        if keys == CTRL_C:
+            time.sleep(0.3)  # readline shows its prompt before it waits: a signal in between would go unnoticed
         os.write(self._fd, keys.encode())
 
     def enter(self, line: str) -> None:

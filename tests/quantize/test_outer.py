@@ -58,7 +58,7 @@ def test_an_embedding_alone_is_searched(make_checkpoint: Callable[..., Path]) ->
 def test_parts_change_nothing(make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_checkpoint()
     whole = quantized(folder, (EMBEDDING,))[-1]
-    monkeypatch.setattr("qwen_quant.checkpoint.CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr("qwen_quant.tensor_source.CHUNK_BYTES", 1 << 12)
     parts = quantized(folder, (EMBEDDING,))[-1]
     assert parts.reports[0].error == pytest.approx(whole.reports[0].error, rel=0.02)
     assert parts.tensors[EMBEDDING].codes.shape == whole.tensors[EMBEDDING].codes.shape
