@@ -32,7 +32,8 @@ class Terminal:
     def press(self, keys: str) -> None:
         """Type `keys`, control characters among them."""
         if keys == CTRL_C:
-            time.sleep(0.3)  # readline shows its prompt before it waits: a signal in between would go unnoticed
+            # readline shows its prompt before it waits: a signal in between would go unnoticed.
+            time.sleep(0.3)
         os.write(self._fd, keys.encode())
 
     def enter(self, line: str) -> None:
