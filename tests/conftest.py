@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 import signal
 from base64 import b64encode
@@ -19,6 +20,9 @@ from qwen_quant.checkpoint import resolve_model
 from qwen_quant.safetensors import Planned, SafetensorsWriter, f32_to_bf16
 from qwen_quant.spec import ModelSpec
 from qwen_quant.tokenizer import Tokenizer
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several workers would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY = {
     "architectures": ["Qwen3ForCausalLM"],
