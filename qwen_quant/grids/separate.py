@@ -19,10 +19,6 @@ class SeparateGroups(AffineGrid):
     def candidates(self, groups: Array) -> list[Scales]:
         """Scales the search tries for groups [M, group_size], each [M, 1]."""
 
-    @abstractmethod
-    def refit(self, sums: Sums, scales: Scales) -> Scales:
-        """Least-squares scales for the levels that `scales` led to, all [M, 1]."""
-
     def search(self, groups: Array, importance: Array) -> Scales:
         xp = namespace(groups)
         trials = joined([self.plain(groups), *self.candidates(groups)])

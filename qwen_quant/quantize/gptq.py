@@ -4,6 +4,8 @@ Minimises tr((W - Q) H (W - Q)ᵀ) column by column: each column is rounded afte
 spread into it. Columns go in order of falling diag(H) ("act-order"); unless `desc_act` is set the groups stay in
 their stored order, so that no reader needs an index for it.
 
+Then codes and scales descend further together (descend.py).
+
 Errors are spread by the Cholesky factor of H itself (factor.py), in the form of Babai's nearest plane: it makes the
 same choices as the factor of H⁻¹ in the first paper (Chen et al. 2025, arXiv:2507.18553), needs no inverse, and the
 loss of the solve is known when it ends.
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales
 from qwen_quant.quantize.compensate import Columns, compensate, rounding_error, select
+from qwen_quant.quantize.descend import Descent
 from qwen_quant.quantize.factor import Factor, factorise, output_error
 from qwen_quant.quantize.parallel import each_on_its_thread
 
@@ -54,7 +57,7 @@ class Solution:
 
 @dataclass
 class _Rows:
-    """What is found for some rows: codes uint8 [E, N, K], scales [E, N, G], and diag(D H Dᵀ) [E, N] of the solve's
+    """What is found for some rows: codes uint8 [E, N, K] in stored order, scales [E, N, G], and diag(D H Dᵀ) [E, N] of the solve's
     error D, of plain rounding's, and of W itself."""
 
     codes: Tensor
@@ -69,6 +72,7 @@ class Input:
     """What all weights that read an input share. Columns are solved from the last to the first, hence `order`
     ascends."""
 
+    hessian: Tensor  # [E, K, K], in stored order
     importance: Tensor  # [E, K], in stored order
     order: Tensor  # [E, K]: the stored column at each place
     factor: Factor
@@ -80,7 +84,9 @@ class Input:
         # Damped as the solve is: an input that calibration never saw may still come alive later.
         importance = diagonal + (damp_percent * diagonal.mean(-1, keepdim=True)).clamp(min=1e-12)
         order = torch.argsort(importance, dim=-1, descending=True, stable=True).flip(-1)
-        return cls(importance, order, factorise(select(select(hessian, order).mT, order), damp_percent))
+        return cls(
+            hessian, importance, order, factorise(select(select(hessian, order).mT, order), damp_percent)
+        )
 
 
 @dataclass
@@ -90,6 +96,18 @@ class _Problem:
     grid: AffineGrid
     input: Input
     desc_act: bool
+    sequence: Tensor  # [E, K]: the stored columns as they are put into groups
+    hessian: Tensor  # [E, K, K], in this sequence
+
+    @classmethod
+    def of(cls, grid: AffineGrid, shared: Input, desc_act: bool) -> _Problem:
+        if desc_act:
+            sequence = shared.order.flip(1)
+            return cls(
+                grid, shared, desc_act, sequence, select(select(shared.hessian, sequence).mT, sequence)
+            )
+        stored = torch.arange(shared.order.shape[1], device=shared.order.device)
+        return cls(grid, shared, desc_act, stored.expand_as(shared.order), shared.hessian)
 
     @property
     def order(self) -> Tensor:
@@ -99,39 +117,31 @@ class _Problem:
     def factor(self) -> Factor:
         return self.input.factor
 
-    @property
-    def stored_groups(self) -> Tensor:
-        """The group of the column at each place [E, K], groups in stored order."""
-        return self.order // self.grid.columns_per_group(self.order.shape[1])
-
-    @property
-    def groups(self) -> Tensor:
-        """The group of the column at each place [E, K]."""
-        if not self.desc_act:
-            return self.stored_groups
-        k = self.order.shape[1]
-        place = torch.arange(k - 1, -1, -1, device=self.order.device)
-        return (place // self.grid.columns_per_group(k)).expand_as(self.order)
-
     def group_index(self) -> Tensor | None:
         """The group of each stored column [E, K], where it is not in order."""
-        return self.groups.gather(1, self.order.argsort(-1)) if self.desc_act else None
+        if not self.desc_act:
+            return None
+        return self.sequence.argsort(-1) // self.grid.columns_per_group(self.order.shape[1])
 
     def solve(self, weights: Tensor) -> _Rows:
         """Quantize rows [E, N, K]."""
-        w = select(weights.mT, self.order)  # [E, K, N]
-        if self.desc_act:
-            scales = self._fit(w.flip(1).mT, self.input.importance.gather(1, self.order.flip(1)))
-        else:
-            scales = self._fit(weights, self.input.importance)
-        found, cost = compensate(w, self.factor, self.grid, Columns(scales, self.groups))
-        plain = Columns(self._fit(weights), self.stored_groups)
+        w = select(weights.mT, self.sequence)  # [E, K, N]
+        places = self.sequence.argsort(-1).gather(1, self.order)  # of the columns, in the solver's order
+        groups = places // self.grid.columns_per_group(w.shape[1])
+        scales = self._fit(w.mT, self.input.importance.gather(1, self.sequence))
+        ordered = select(w, places)
+        codes = compensate(ordered, self.factor, self.grid, Columns(scales, groups))
+        descent = Descent.begin(
+            self.grid, w, select(codes, places.argsort(-1)), scales, self.hessian, self.factor.added
+        )
+        descent.run(self.factor.failed)
+        plain = Columns(self._fit(weights), self.order // self.grid.columns_per_group(w.shape[1]))
         return _Rows(
-            codes=select(found, self.order.argsort(-1)).mT.contiguous(),
-            scales=scales,
-            cost=cost,
-            rtn_cost=output_error(rounding_error(w, self.grid, plain), self.factor),
-            size=output_error(w, self.factor),
+            codes=select(descent.codes, self.sequence.argsort(-1)).mT.contiguous(),
+            scales=descent.scales,
+            cost=output_error(select(descent.error, places), self.factor),
+            rtn_cost=output_error(rounding_error(ordered, self.grid, plain), self.factor),
+            size=output_error(ordered, self.factor),
         )
 
     def _fit(self, weights: Tensor, importance: Tensor | None = None) -> Scales:
@@ -192,7 +202,7 @@ def solve_input(
         members.setdefault(grid.name, []).append(index)
     solved: dict[int, list[Solution]] = {}
     for indices in members.values():
-        problem = _Problem(grids[indices[0]], shared, desc_act)
+        problem = _Problem.of(grids[indices[0]], shared, desc_act)
         found = _solve_together(problem, [weights[index] for index in indices])
         solved |= dict(zip(indices, found, strict=True))
     return [[solved[index][e] for index in range(len(weights))] for e in range(len(shared.order))]
