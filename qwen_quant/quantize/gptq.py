@@ -57,8 +57,8 @@ class Solution:
 
 @dataclass
 class _Rows:
-    """What is found for some rows: codes uint8 [E, N, K] in stored order, scales [E, N, G], and diag(D H Dᵀ) [E, N] of the solve's
-    error D, of plain rounding's, and of W itself."""
+    """What is found for some rows: codes uint8 [E, N, K] in stored order, scales [E, N, G], and diag(D H Dᵀ) [E, N] of
+    the solve's error D, of plain rounding's, and of W itself."""
 
     codes: Tensor
     scales: Scales
