@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from qwen_quant.errors import CalibrationError
+
+LARGEST = 1e17  # activation whose square can be summed over thousands of tokens
 
 
 @contextlib.contextmanager
@@ -39,14 +42,17 @@ class Calibration:
         self.hessian = torch.zeros(k, k, dtype=torch.float32, device=device)
 
     def add(self, x: Tensor) -> None:
-        """Count inputs x [..., K]. Raises CalibrationError when they are not finite."""
+        """Count inputs x [..., K]. Raises CalibrationError when they are not finite, or their squares would not be."""
         x = x.reshape(-1, x.shape[-1])
         # One non-finite input makes its diagonal non-finite, so checking the mean later would find it too, but
         # checking here names the layer while the run is young.
-        if not torch.isfinite(x.sum()):
+        largest = float(torch.stack(x.aminmax()).abs().max()) if len(x) else 0.0  # NaN when there is one
+        if not largest < LARGEST:
+            what = (
+                f"reach {largest:.1e}, too much to be squared" if math.isfinite(largest) else "are not finite"
+            )
             raise CalibrationError(
-                f"{self.where}: activations are not finite; the checkpoint is broken, "
-                "or its config.json is of another model"
+                f"{self.where}: activations {what}; the checkpoint is broken, or its config.json is of another model"
             )
         before, self.n_tokens = self.n_tokens, self.n_tokens + len(x)
         if len(x):

@@ -29,7 +29,7 @@ from qwen_quant.quantize.factor import Factor, factorise, output_error
 from qwen_quant.quantize.parallel import each_on_its_thread
 
 FLOATS_AT_ONCE = 1 << 24  # weights of the rows that are solved together: bounds the temporaries
-FALLBACK = "hessian not positive definite: importance-weighted rounding"
+FALLBACK = "importance-weighted rounding"
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Solution:
     rtn_cost: Tensor
     size: Tensor
     damping: float
+    more_damping: bool = False  # than was asked for
     fallback: str = ""
 
     @property
@@ -226,9 +227,10 @@ def _solve_together(problem: _Problem, weights: list[Tensor]) -> list[list[Solut
             scales = Scales(found.scales.scale[e, rows], found.scales.offset[e, rows])
             group_index = None if index is None else index[e]
             tensor = QuantizedTensor(problem.grid, found.codes[e, rows], scales, group_index)
-            fallback = FALLBACK if factor.failed[e] else ""
+            fallback = f"{factor.failed[e]}: {FALLBACK}" if factor.failed[e] else ""
             costs = (found.cost[e, rows], found.rtn_cost[e, rows], found.size[e, rows])
-            solutions[-1].append(Solution(tensor, *costs, factor.dampings[e], fallback))
+            more = not fallback and factor.dampings[e] > factor.asked
+            solutions[-1].append(Solution(tensor, *costs, factor.dampings[e], more, fallback))
     return solutions
 
 

@@ -11,7 +11,8 @@ from qwen_quant.quantize.gptq import Solution
 
 @dataclass(frozen=True)
 class LinearReport:
-    """How one linear layer came out; errors are relative output errors, `fallback` names a failed solve.
+    """How one linear layer came out; errors are relative output errors, `fallback` names a failed solve, `note` what
+    else is worth saying of it.
 
     `pooled` is the layer's share in the Hessian of an expert that saw few tokens (a cold one), else 0.
     """
@@ -24,10 +25,15 @@ class LinearReport:
     tokens: int
     fallback: str = ""
     pooled: float = 0.0
+    note: str = ""
 
     @classmethod
     def of(cls, name: str, solution: Solution, tokens: int, pooled: float = 0.0) -> LinearReport:
         """The report of a solved weight."""
+        inputs = solution.tensor.codes.shape[1]
+        notes = [f"damping had to grow to {solution.damping:g}"] if solution.more_damping else []
+        if tokens < inputs and not pooled:
+            notes.append(f"rank-deficient, {tokens} tokens for {inputs} inputs: more --num-samples help")
         return cls(
             name,
             solution.tensor.grid.name,
@@ -37,6 +43,7 @@ class LinearReport:
             tokens,
             solution.fallback,
             pooled,
+            "; ".join(notes),
         )
 
 
