@@ -1,9 +1,14 @@
-"""Time and memory of GPTQ, ours against GPTQModel's, the same windows on the same random checkpoint.
+"""Time and memory of GPTQ beside other quantizers, the same windows on the same random checkpoint.
 
-    python benchmarks/gptq.py CHECKPOINT --peer-python ENV/bin/python [--samples 32 --seq-len 512 -r 3 --json FILE]
+    python benchmarks/gptq.py CHECKPOINT --peer GPTQModel=ENV/bin/python [--peer llm-compressor=ENV/bin/python]
+        [--peer-dtype float32 --samples 32 --seq-len 512 -r 3 --only NAME --json FILE]
 
-Make the checkpoint with benchmarks/shapes.py and the environment with tests/interop/run.py. Runs alternate; each is
-a process of its own, so that wall time and peak RSS count everything a user waits and pays for.
+Make the checkpoint with benchmarks/shapes.py and GPTQModel's environment with tests/interop/run.py. Runs alternate;
+each is a process of its own, so that wall time and peak RSS count everything a user waits and pays for. With `--json`
+runs are added to those in FILE, so that long ones can be spread over calls with `--only`.
+
+Peers compute in the checkpoint's BF16 unless `--peer-dtype` says otherwise: on a CPU without BF16 units their
+products then run at about a hundredth of the speed of FP32, and float32 is what a user there would choose.
 """
 
 from __future__ import annotations
@@ -20,28 +25,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+from peers import SCRIPTS, peer_command, peer_of, sampled_windows
 
-PEER = """
-import sys, numpy as np
-from gptqmodel import GPTQModel, QuantizeConfig
-model, windows, output = sys.argv[1:]
-rows = np.load(windows).tolist()
-data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
-loaded = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=128))
-loaded.quantize(data, batch_size=1)
-loaded.save(output)
-"""
-
-
-def write_windows(options: argparse.Namespace, path: Path) -> None:
-    """The windows that our `gptq` samples from the built-in text, as an array for the peer."""
-    from qwen_quant import calib_data
-    from qwen_quant.checkpoint import resolve_model
-    from qwen_quant.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer.from_folder(resolve_model(str(options.checkpoint)))
-    windows = calib_data.sample(calib_data.load("builtin"), tokenizer, options.samples, options.seq_len)
-    np.save(path, windows)
+OURS = "qwen-quant"
 
 
 def timed(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
@@ -62,43 +48,55 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--peer-python", type=Path, required=True)
+    parser.add_argument("--peer", type=peer_of, action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--peer-dtype", default="bfloat16")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("-r", "--repeat", type=int, default=3)
+    parser.add_argument("--only", action="append", choices=[OURS, *SCRIPTS], help="Run these only.")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    results: dict[str, list[tuple[float, float]]] = {"qwen-quant": [], "GPTQModel": []}
+    results: dict[str, list[list[float]]] = {}
+    if options.json and options.json.exists():
+        results = json.loads(options.json.read_text())["runs"]
     environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        windows = folder / "windows.npy"
-        write_windows(options, windows)
+        windows, output = Path(scratch) / "windows.npy", Path(scratch) / "output"
+        np.save(windows, sampled_windows(str(options.checkpoint), options.samples, options.seq_len))
         size = ["--num-samples", str(options.samples), "--seq-len", str(options.seq_len)]
         ours = [sys.executable, "-m", "qwen_quant.cli", "gptq", str(options.checkpoint), *size, "--json"]
-        peer = [str(options.peer_python), "-c", PEER, str(options.checkpoint), str(windows)]
+        commands = {OURS: [*ours, "-o", str(output)]}
+        for name, python in options.peer:
+            commands[name] = peer_command(
+                name, python, options.checkpoint, windows, output, options.peer_dtype
+            )
         for _ in range(options.repeat):
-            for name, command in (
-                ("qwen-quant", [*ours, "-o", str(folder / "ours")]),
-                ("GPTQModel", [*peer, str(folder / "peer")]),
-            ):
-                results[name].append(timed(command, environment))
-                print(f"{name:12s} {results[name][-1][0]:7.1f} s  {results[name][-1][1]:.2f} GB", flush=True)
-                shutil.rmtree(folder / ("ours" if name == "qwen-quant" else "peer"))
-    summary = {
-        name: {
-            "seconds": statistics.median(r[0] for r in rows),
-            "peak_rss_gb": statistics.median(r[1] for r in rows),
-        }
-        for name, rows in results.items()
+            for name in options.only or commands:
+                seconds, gigabytes = timed(commands[name], environment)
+                results.setdefault(name, []).append([seconds, gigabytes])
+                print(f"{name:14s} {seconds:7.1f} s  {gigabytes:.2f} GB", flush=True)
+                shutil.rmtree(output, ignore_errors=True)
+                if options.json:
+                    options.json.write_text(json.dumps(report(options, results), indent=2) + "\n")
+    print(
+        json.dumps({key: value for key, value in report(options, results).items() if key != "runs"}, indent=2)
+    )
+
+
+def report(options: argparse.Namespace, results: dict[str, list[list[float]]]) -> dict[str, object]:
+    """Medians, ours over each peer's, and every run."""
+    median = {
+        name: dict(
+            zip(("seconds", "peak_rss_gb"), map(statistics.median, zip(*runs, strict=True)), strict=True)
+        )
+        for name, runs in results.items()
     }
     ratios = {
-        key: summary["qwen-quant"][key] / summary["GPTQModel"][key] for key in ("seconds", "peak_rss_gb")
+        name: {key: median[OURS][key] / value for key, value in found.items()}
+        for name, found in median.items()
+        if name != OURS and OURS in median
     }
-    report = {"checkpoint": str(options.checkpoint), "median": summary, "ours/peer": ratios, "runs": results}
-    print(json.dumps({"median": summary, "ours/peer": ratios}, indent=2))
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    return {"checkpoint": str(options.checkpoint), "median": median, "ours/peer": ratios, "runs": results}
 
 
 if __name__ == "__main__":

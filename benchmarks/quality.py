@@ -1,10 +1,13 @@
-"""How far each type's file is from BF16: ours against llama-quantize's with an importance matrix of the same text.
+"""How far each quantization is from BF16: ours against llama-quantize's with an importance matrix of the same text, and
+int4 in groups of 128 against other quantizers' defaults.
 
     python benchmarks/quality.py MODEL TYPE... --llama-bin DIR --data TEXT [--chunks 100 --json FILE]
+    python benchmarks/quality.py MODEL --peer GPTQModel=PYTHON --peer AutoRound=PYTHON --data TEXT
 
 DIR holds llama.cpp's llama-quantize, llama-imatrix and llama-perplexity. Both programs see the same calibration
 windows (ours as tokens, theirs as that text), both files have the type's own mix of tensor types, and both are
-measured by llama-perplexity against the same F32 file; `ours` adds what `qwen-quant eval` says of our file.
+measured by llama-perplexity against the same F32 file; `ours` adds what `qwen-quant eval` says of our file. PYTHON
+is that of an environment with the peer; peers calibrate on our windows, and `qwen-quant eval` measures all checkpoints.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import numpy as np
+from peers import peer_command, peer_of, sampled_windows
 
 CTX = 512
 MEAN_KLD = re.compile(r"Mean\s+KLD:\s*(-?[\d.]+)\s*±\s*([\d.]+)")
@@ -52,13 +58,21 @@ def ours(*arguments: str | Path) -> str:
 
 def write_calibration_text(model: str, samples: int, path: Path) -> None:
     """The windows that `export` calibrates with, as text."""
-    from qwen_quant import calib_data
     from qwen_quant.checkpoint import resolve_model
     from qwen_quant.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_folder(resolve_model(model))
-    windows = calib_data.sample(calib_data.load("builtin"), tokenizer, samples, CTX)
+    windows = sampled_windows(model, samples, CTX)
     path.write_text("".join(tokenizer.decode(window.tolist()) for window in windows))
+
+
+def kld_by_eval(file: Path, options: argparse.Namespace) -> float:
+    """Mean KLD in nats, as `qwen-quant eval` has it."""
+    found = ours(
+        "eval", file, "--reference", options.model, "--data", options.data, "--ctx", str(CTX),
+        "--max-windows", str(options.chunks), "--json",
+    )  # fmt: skip
+    return float(json.loads(found.splitlines()[-1])["kld_mean"])
 
 
 class Peer:
@@ -101,18 +115,63 @@ def measure(file_type: str, options: argparse.Namespace, peer: Peer) -> Row:
         "--num-samples", str(options.samples), *options.export_options.split(),
     )  # fmt: skip
     theirs = peer.quantize(file_type)
-    found = ours(
-        "eval", mine, "--reference", options.model, "--data", options.data, "--ctx", str(CTX),
-        "--max-windows", str(options.chunks), "--json",
-    )  # fmt: skip
     return Row(
         file_type,
         mine.stat().st_size,
         theirs.stat().st_size,
         peer.mean_kld(mine),
         peer.mean_kld(theirs),
-        json.loads(found.splitlines()[-1])["kld_mean"],
+        kld_by_eval(mine, options),
     )
+
+
+def compare_types(options: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
+    """Each of the types beside llama-quantize's."""
+    peer = Peer(options, folder)
+    rows = []
+    print("| type | bytes, ours | bytes, llama.cpp | KLD, ours | KLD, llama.cpp | ratio | ours by eval |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for file_type in options.types:
+        row = measure(file_type, options, peer)
+        print(
+            f"| {row.type} | {row.bytes:,} | {row.peer_bytes:,} | {row.kld:.5f} | {row.peer_kld:.5f} "
+            f"| {row.ratio:.2f} | {row.kld_by_eval:.5f} |",
+            flush=True,
+        )
+        rows.append(asdict(row) | {"ours/peer": row.ratio})
+    return rows
+
+
+def compare_int4(options: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
+    """Int4 in groups of 128 beside the peers' defaults."""
+    from qwen_quant.checkpoint import resolve_model
+
+    windows, mine = folder / "windows.npy", folder / "ours"
+    np.save(windows, sampled_windows(options.model, options.samples, CTX))
+    ours(
+        "gptq",
+        options.model,
+        "-o",
+        mine,
+        "--num-samples",
+        str(options.samples),
+        "--seq-len",
+        str(CTX),
+        "--json",
+    )
+    kld = kld_by_eval(mine, options)
+    rows = []
+    print(f"| int4, groups of 128 | KLD by eval | ours ({kld:.5f}) / it |")
+    print("|---|---:|---:|")
+    for name, python in options.peer:
+        output = folder / name
+        run(peer_command(name, python, resolve_model(options.model), windows, output, options.peer_dtype))
+        peer_kld = kld_by_eval(output, options)
+        print(f"| {name} | {peer_kld:.5f} | {kld / peer_kld:.2f} |", flush=True)
+        rows.append(
+            {"int4_by": name, "kld_by_eval": kld, "peer_kld_by_eval": peer_kld, "ours/peer": kld / peer_kld}
+        )
+    return rows
 
 
 def main() -> None:
@@ -120,8 +179,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model")
-    parser.add_argument("types", nargs="+", metavar="TYPE")
-    parser.add_argument("--llama-bin", type=Path, required=True)
+    parser.add_argument("types", nargs="*", metavar="TYPE")
+    parser.add_argument("--llama-bin", type=Path)
+    parser.add_argument("--peer", type=peer_of, action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--peer-dtype", default="bfloat16")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--chunks", type=int, default=100)
     parser.add_argument("--samples", type=int, default=128)
@@ -129,22 +190,16 @@ def main() -> None:
     parser.add_argument("--export-options", default="", help="More options of our export, in one string.")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = []
+    if options.types and options.llama_bin is None:
+        parser.error("types are compared with llama.cpp's programs: --llama-bin DIR")
+    rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        peer = Peer(options, Path(scratch))
-        print("| type | bytes, ours | bytes, llama.cpp | KLD, ours | KLD, llama.cpp | ratio | ours by eval |")
-        print("|---|---:|---:|---:|---:|---:|---:|")
-        for file_type in options.types:
-            row = measure(file_type, options, peer)
-            print(
-                f"| {row.type} | {row.bytes:,} | {row.peer_bytes:,} | {row.kld:.5f} | {row.peer_kld:.5f} "
-                f"| {row.ratio:.2f} | {row.kld_by_eval:.5f} |",
-                flush=True,
-            )
-            rows.append(row)
+        if options.types:
+            rows += compare_types(options, Path(scratch))
+        if options.peer:
+            rows += compare_int4(options, Path(scratch))
     if options.json:
-        report = [asdict(row) | {"ours/peer": row.ratio} for row in rows]
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

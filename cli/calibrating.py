@@ -83,7 +83,7 @@ def quantized_layers(
     grids: GridChoice,
     recipe: Recipe,
     store: LayerStore | None = None,
-    keep_contexts: bool = True,
+    keep_activations: bool = True,
 ) -> tuple[Iterator[QuantizedLayer], dict[str, Any]]:
     """The stream of quantized layers, not yet started, and the record that goes into the artifact."""
     from qwen_quant.quantize.stream import gptq_layers, plain_layers
@@ -92,7 +92,7 @@ def quantized_layers(
         return plain_layers(checkpoint, grids), recipe.record()
     windows, fingerprint = calibration_windows(checkpoint, recipe)
     record = recipe.record(fingerprint) | {"num_samples": len(windows)}
-    return gptq_layers(checkpoint, grids, windows, recipe, store, keep_contexts), record
+    return gptq_layers(checkpoint, grids, windows, recipe, store, keep_activations), record
 
 
 def calibration_windows(checkpoint: Checkpoint, recipe: Recipe) -> tuple[np.ndarray, str]:

@@ -202,7 +202,7 @@ def run(options: ExportOptions) -> None:
         layers, record = None, calibrating.stored_record(checkpoint)
         if recipe is not None:
             layers, record = calibrating.quantized_layers(
-                checkpoint, file.grids, recipe, store, plan.keep_contexts
+                checkpoint, file.grids, recipe, store, plan.keep_activations
             )
             if chosen is not None:
                 record["expected_kld"] = chosen.expected_kld

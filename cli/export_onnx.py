@@ -44,7 +44,7 @@ def run(options: ExportOptions) -> None:
         # An embedding's grid may be another than the layers'; it is rounded about as quickly.
         planning.report(plan, options, lambda kind: grid or IntGrid(8), recipe)
         return
-    written, record = write(options, checkpoint, form, recipe, plan.keep_contexts)
+    written, record = write(options, checkpoint, form, recipe, plan.keep_activations)
     seconds = time.monotonic() - began
     if options.json:
         from qwen_quant.cli.output import print_json
@@ -71,7 +71,7 @@ def form_of(options: ExportOptions) -> Form:
 
 
 def write(
-    options: ExportOptions, checkpoint: Checkpoint, form: Form, recipe: Any, keep_contexts: bool
+    options: ExportOptions, checkpoint: Checkpoint, form: Form, recipe: Any, keep_activations: bool
 ) -> tuple[Written, dict[str, Any] | None]:
     """Write the folder; what was written, and the recipe of its integers."""
     from qwen_quant.exporters.onnx import export_onnx, grid_choice
@@ -81,7 +81,7 @@ def write(
         layers, record = None, calibrating.stored_record(checkpoint)
         if recipe is not None and grid is not None:
             layers, record = calibrating.quantized_layers(
-                checkpoint, grid_choice(grid), recipe, store, keep_contexts
+                checkpoint, grid_choice(grid), recipe, store, keep_activations
             )
         written = export_onnx(
             checkpoint,

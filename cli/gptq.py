@@ -98,7 +98,7 @@ def run(options: GPTQOptions) -> None:
     kv_layout = calibrating.kv_layout(checkpoint, options)
     with calibrating.layer_store(options.output, options.resume) as store:
         layers, record = calibrating.quantized_layers(
-            checkpoint, linear_grid(grid), recipe, store, plan.keep_contexts
+            checkpoint, linear_grid(grid), recipe, store, plan.keep_activations
         )
         written = export_gptq(
             checkpoint,

@@ -118,7 +118,7 @@ def fields(plan: Plan, speed: Speed) -> dict[str, Any]:
         "peak_rss_mb": plan.peak / 1e6,
         "worst_stage": plan.worst.name,
         "hidden_states_mb": plan.hidden_states / 1e6,
-        "keep_contexts": plan.keep_contexts,
+        "keep_activations": plan.keep_activations,
         "seconds": sum(parts.values()),
         "seconds_of": parts,
     }
@@ -183,7 +183,7 @@ def print_summary(plan: Plan, speed: Speed, options: GPTQOptions | ExportOptions
     print(f"{options.output}: would be {size(plan.output_bytes)}; nothing is written")
     parts = (f"{part['tensors']} {kind} ({size(part['bytes'])})" for kind, part in types(plan).items())
     print(f"types: {', '.join(parts)}")
-    again = "" if plan.keep_contexts else ", attention computed twice to fit --max-ram"
+    again = "" if plan.keep_activations else ", activations computed twice to fit --max-ram"
     kept = f", of which hidden states {size(plan.hidden_states)}" if plan.hidden_states else ""
     print(f"memory: about {size(plan.peak)} ({plan.worst.name}){kept}{again}")
     print(

@@ -12,6 +12,7 @@ from torch import Tensor
 from qwen_quant.errors import CalibrationError
 
 LARGEST = 1e17  # activation whose square can be summed over thousands of tokens
+BLOCK = 256  # rows of a Hessian that are summed at once
 
 
 @contextlib.contextmanager
@@ -39,7 +40,8 @@ class Calibration:
     def __init__(self, k: int, where: str, device: torch.device | str = "cpu") -> None:
         self.where = where
         self.n_tokens = 0
-        self.hessian = torch.zeros(k, k, dtype=torch.float32, device=device)
+        self._mean = torch.zeros(k, k, dtype=torch.float32, device=device)
+        self._mirrored = True  # whether what lies above the blocks on the diagonal is up to date
 
     def add(self, x: Tensor) -> None:
         """Count inputs x [..., K]. Raises CalibrationError when they are not finite, or their squares would not be."""
@@ -54,6 +56,24 @@ class Calibration:
             raise CalibrationError(
                 f"{self.where}: activations {what}; the checkpoint is broken, or its config.json is of another model"
             )
+        if not len(x):
+            return
         before, self.n_tokens = self.n_tokens, self.n_tokens + len(x)
-        if len(x):
-            self.hessian.addmm_(x.T, x, beta=before / self.n_tokens, alpha=1 / self.n_tokens)
+        for rows in self._blocks():  # the lower triangle is half the work
+            self._mean[rows, : rows.stop].addmm_(
+                x[:, rows].T, x[:, : rows.stop], beta=before / self.n_tokens, alpha=1 / self.n_tokens
+            )
+        self._mirrored = False
+
+    @property
+    def hessian(self) -> Tensor:
+        """The whole matrix [K, K]."""
+        if not self._mirrored:
+            for rows in self._blocks():
+                self._mean[rows, rows.stop :] = self._mean[rows.stop :, rows].T
+            self._mirrored = True
+        return self._mean
+
+    def _blocks(self) -> Iterator[slice]:
+        k = len(self._mean)
+        return (slice(start, min(start + BLOCK, k)) for start in range(0, k, BLOCK))

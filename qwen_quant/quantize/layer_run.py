@@ -23,6 +23,7 @@ from qwen_quant.quantize.calibration import Calibration
 from qwen_quant.quantize.experts import ExpertInputs, groups_of_experts, shrunk
 from qwen_quant.quantize.gptq import Solution, solve, solve_stack
 from qwen_quant.quantize.heap import give_back_memory
+from qwen_quant.quantize.inputs import Inputs
 from qwen_quant.quantize.layer import LinearReport, QuantizedLayer, Stopwatch
 from qwen_quant.quantize.recipe import GridChoice, Recipe
 from qwen_quant.spec import TensorInfo
@@ -50,7 +51,7 @@ class LayerRun:
         grids: GridChoice,
         recipe: Recipe,
         device: torch.device,
-        keep_contexts: bool = True,
+        keep_activations: bool = True,
     ) -> None:
         self.watch = Stopwatch()
         self.checkpoint, self.index = checkpoint, index
@@ -60,7 +61,7 @@ class LayerRun:
         self.spec = checkpoint.spec
         self.infos: dict[str, TensorInfo] = {i.name: i for i in checkpoint.spec.layer_tensors(index)}
         self.grids, self.recipe, self.device = grids, recipe, device
-        self.keep_contexts = keep_contexts
+        self.keep_activations = keep_activations
         self.result = QuantizedLayer(index)
 
     def chosen_grids(self) -> dict[str, AffineGrid]:
@@ -84,45 +85,37 @@ class LayerRun:
         moments = self._moments(names.qkv, (layer.attention_input(part) for part in batches))
         self._quantize(names.qkv, moments)
 
-        contexts: list[Tensor] = []
-        moments = self._moments((names.output,), self._contexts(batches, table, contexts))
-        self._quantize((names.output,), moments)
-        for part in batches:
-            part += layer.attention_output(contexts.pop(0) if contexts else self._context(part, table))
+        contexts = Inputs(lambda part: self._context(part, table), batches, self.keep_activations)
+        self._quantize((names.output,), self._moments((names.output,), contexts))
+        for part, context in zip(batches, contexts, strict=True):
+            part += layer.attention_output(context)
         self.watch.lap("calibrate")
 
         if isinstance(layer.mlp, SparseMLP):
             outputs = self._through_experts(layer.mlp, batches, self._solve_experts)
             if layer.mlp.moe.shared_expert_intermediate_size is not None:
                 shared = tuple(f"mlp.shared_expert.{name}" for name in PROJECTIONS)
-                self._solve_mlp(layer.mlp.shared_expert, shared, batches)
+                self._solve_mlp(layer.mlp.shared_expert, shared, batches, keep=False)
             self._finish_sparse(layer.mlp, batches, outputs)
         else:
-            self._solve_mlp(layer.mlp, names.mlp, batches)
-            for part in batches:
-                part += layer.mlp(layer.mlp_input(part))
+            gated = self._solve_mlp(layer.mlp, names.mlp, batches, self.keep_activations)
+            down = self._linear(names.mlp[-1])
+            for part, x in zip(batches, gated, strict=True):
+                part += down(x)
         if not torch.isfinite(hidden.sum()):
             raise CalibrationError(f"{self.prefix[:-1]}: outputs are not finite; the checkpoint is broken")
         self.watch.lap("calibrate")
         return self.result
 
-    def _contexts(
-        self, batches: tuple[Tensor, ...], table: tuple[Tensor, Tensor], kept: list[Tensor]
-    ) -> Iterator[Tensor]:
-        """What o_proj reads, each batch; `kept` holds on to them for its outputs, or they are computed again."""
-        for part in batches:
-            context = self._context(part, table)
-            if self.keep_contexts:
-                kept.append(context)
-            yield context
-
-    def _solve_mlp(self, module: MLP, names: tuple[str, ...], batches: tuple[Tensor, ...]) -> None:
-        """Quantize a SwiGLU that every token passes; `names` are gate, up and down."""
+    def _solve_mlp(
+        self, module: MLP, names: tuple[str, ...], batches: tuple[Tensor, ...], keep: bool
+    ) -> Inputs:
+        """Quantize a SwiGLU that every token passes; `names` are gate, up and down. Returns what down reads."""
         first, last = names[:2], names[2:]
         self._quantize(first, self._moments(first, (self.layer.mlp_input(part) for part in batches)))
-        # The gated activations are computed again for the outputs rather than kept: they are the widest of all.
-        inputs = (module.gated(self.layer.mlp_input(part)) for part in batches)
-        self._quantize(last, self._moments(last, inputs))
+        gated = Inputs(lambda part: module.gated(self.layer.mlp_input(part)), batches, keep)
+        self._quantize(last, self._moments(last, gated))
+        return gated
 
     def _through_experts(
         self,

@@ -43,7 +43,7 @@ class Plan:
     outer: Stage
     outer_work: Work
     base: float
-    keep_contexts: bool = True
+    keep_activations: bool = True
     hidden_states: float = 0
 
     @property
@@ -69,7 +69,7 @@ def plan_run(
     tensors: list[StoredTensor],
     recipe: Recipe | None,
     base: float = 0.0,
-    keep_contexts: bool = True,
+    keep_activations: bool = True,
 ) -> Plan:
     """The plan of a run that writes `tensors`; without a `recipe` nothing is quantized, only copied."""
     by_layer: dict[int, list[StoredTensor]] = {}
@@ -79,7 +79,7 @@ def plan_run(
     for layer in range(spec.num_hidden_layers):
         mine = by_layer[layer]
         if recipe is not None and recipe.calibrate:
-            layers.append(CalibratedLayer(spec, layer, mine, recipe, keep_contexts).plan())
+            layers.append(CalibratedLayer(spec, layer, mine, recipe, keep_activations).plan())
         else:
             layers.append(copied_layer(layer, mine))
     tokens = recipe.num_samples * recipe.seq_len if recipe is not None and recipe.calibrate else 0
@@ -90,7 +90,7 @@ def plan_run(
         _outer_stage(spec, outer, tokens),
         _outer_work(spec, outer, tokens),
         base,
-        keep_contexts,
+        keep_activations,
         FLOAT * tokens * spec.hidden_size,
     )
 
@@ -104,7 +104,7 @@ def fit(plan: Plan, spec: ModelSpec, recipe: Recipe | None, max_ram: int, model:
     def with_samples(count: int) -> Plan:
         assert recipe is not None
         less = replace(recipe, num_samples=count)
-        return plan_run(spec, list(plan.tensors), less, plan.base, keep_contexts=False)
+        return plan_run(spec, list(plan.tensors), less, plan.base, keep_activations=False)
 
     calibrated = recipe is not None and recipe.calibrate
     if recipe is not None and calibrated:

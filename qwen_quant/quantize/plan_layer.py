@@ -5,6 +5,7 @@ intermediate size; E problems of W [N, K] share a solve.
 
     always            hidden states T·H, non-expert weights of one layer, codes of its solved weights (1 byte each)
     attention         contexts T·q_size, unless they are computed again; activations of B tokens
+    MLP               gated activations T·F, unless they are computed again; activations of B tokens
     a shared input    its Hessian K²
     experts           their outputs T·H; weights and Hessians of those that are solved together
     solver            max(E·N·K + 2·E·K², 2·E·N·K + 5·P + E·K²): the Hessian in the solver's order and its factor,
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from qwen_quant.moe import MoESpec
+from qwen_quant.quantize.calibration import BLOCK
 from qwen_quant.quantize.experts import COLD, groups_of_experts
 from qwen_quant.quantize.gptq import FLOATS_AT_ONCE
 from qwen_quant.quantize.layer_run import TOKENS_AT_ONCE
@@ -113,7 +115,7 @@ class CalibratedLayer:
     layer: int
     tensors: list[StoredTensor]
     recipe: Recipe
-    keep_contexts: bool
+    keep_activations: bool
 
     def plan(self) -> LayerPlan:
         worst = max(self._stages(), key=lambda stage: stage.nbytes)
@@ -138,7 +140,7 @@ class CalibratedLayer:
         resident = [t for t in self.tensors if ".experts." not in t.info.name]
         hidden = FLOAT * tokens * hidden_size
         held = hidden + FLOAT * _weights(resident)
-        contexts = FLOAT * tokens * q if self.keep_contexts else 0
+        contexts = FLOAT * tokens * q if self.keep_activations else 0
         activations = FLOAT * at_once * (ATTENTION_FLOATS * qkv + 3 * hidden_size)
         solved = CODE * (qkv * hidden_size)
         yield Stage("reading", hidden + FLOAT * _weights(resident) + 3 * largest(resident))
@@ -147,21 +149,21 @@ class CalibratedLayer:
         yield Stage("solving o", held + solved + contexts + solve_bytes(1, hidden_size, q))
         codes = CODE * _weights([t for t in self.tensors if t.quantized])
         if self.moe is None:
-            yield from self._mlp("", held + solved, spec.intermediate_size)
+            yield from self._mlp("", held + solved, spec.intermediate_size, self.keep_activations)
         else:
             routes = tokens * self.moe.num_experts_per_tok * 12
             held += hidden + routes
             yield from self._experts(self.moe, held + codes)
             if self.moe.shared_expert_intermediate_size is not None:
-                yield from self._mlp(
-                    "the shared expert's ", held + codes, self.moe.shared_expert_intermediate_size
-                )
+                ffn = self.moe.shared_expert_intermediate_size
+                yield from self._mlp("the shared expert's ", held + codes, ffn, keep=False)
         yield Stage("writing", hidden + codes + _packing(self.tensors))
 
-    def _mlp(self, whose: str, held: float, ffn: int) -> Iterator[Stage]:
+    def _mlp(self, whose: str, held: float, ffn: int, keep: bool) -> Iterator[Stage]:
         hidden_size = self.spec.hidden_size
         yield Stage(f"solving {whose}gate and up", held + solve_bytes(1, 2 * ffn, hidden_size))
         held += CODE * 2 * ffn * hidden_size
+        held += FLOAT * self.tokens * ffn if keep else 0
         activations = self.at_once * (MLP_FLOATS * ffn + 3 * hidden_size)
         yield Stage(f"running {whose}gate and up", held + FLOAT * (activations + ffn * ffn))
         yield Stage(f"solving {whose}down", held + solve_bytes(1, hidden_size, ffn))
@@ -182,20 +184,21 @@ class CalibratedLayer:
     def _work(self) -> Work:
         spec, tokens = self.spec, self.tokens
         hidden_size, q, qkv = spec.hidden_size, spec.q_size, spec.q_size + 2 * spec.kv_size
-        passes = 1 if self.keep_contexts else 2
+        passes = 1 if self.keep_activations else 2
         attention = 2 * tokens * hidden_size * qkv + 4 * tokens * self.recipe.seq_len * q
         work = Work(matmul=passes * attention + 2 * tokens * q * hidden_size)
         work += hessian_and_solve(1, tokens, qkv, hidden_size) + hessian_and_solve(1, tokens, hidden_size, q)
         if self.moe is None:
-            work += self._mlp_work(1, tokens, spec.intermediate_size)
+            work += self._mlp_work(1, tokens, spec.intermediate_size, passes)
         else:
             moe = self.moe
             routed = tokens * moe.num_experts_per_tok / moe.num_experts
             work += self._mlp_work(moe.num_experts, routed, moe.moe_intermediate_size)
-            pool = 2 * tokens * hidden_size**2
+            pool = hessian_work(tokens, hidden_size)
             ffn = moe.moe_intermediate_size
             if routed < COLD * ffn:  # down_proj of a cold expert sees the layer's first tokens as well
-                pool += moe.num_experts * min(tokens, COLD * ffn) * (4 * hidden_size * ffn + 2 * ffn**2)
+                first = min(tokens, COLD * ffn)
+                pool += moe.num_experts * (4 * first * hidden_size * ffn + hessian_work(first, ffn))
             work += Work(matmul=pool)
             if moe.shared_expert_intermediate_size is not None:
                 work += self._mlp_work(1, tokens, moe.shared_expert_intermediate_size)
@@ -204,11 +207,11 @@ class CalibratedLayer:
         stored = sum(tensor.nbytes for tensor in self.tensors)
         return work + Work(transferred=4 * weights + weights + stored)
 
-    def _mlp_work(self, count: int, tokens: float, ffn: int) -> Work:
-        """`count` SwiGLUs of `tokens` each: gate and up run twice, down once."""
+    def _mlp_work(self, count: int, tokens: float, ffn: int, passes: int = 2) -> Work:
+        """`count` SwiGLUs of `tokens` each: gate and up run `passes` times, down once."""
         hidden_size = self.spec.hidden_size
         return (
-            Work(matmul=count * tokens * 10 * hidden_size * ffn)
+            Work(matmul=count * tokens * (4 * passes + 2) * hidden_size * ffn)
             + hessian_and_solve(count, tokens, 2 * ffn, hidden_size)
             + hessian_and_solve(count, tokens, hidden_size, ffn)
         )
@@ -222,11 +225,16 @@ def solve_bytes(problems: int, rows: int, columns: int) -> float:
     return FLOAT * (own + hessians)
 
 
+def hessian_work(tokens: float, columns: int) -> float:
+    """Operations of a Hessian of `tokens`: the lower triangle in blocks of rows."""
+    return tokens * columns * (columns + min(columns, BLOCK))
+
+
 def hessian_and_solve(problems: int, tokens: float, rows: int, columns: int) -> Work:
     """A Hessian of `tokens`, its factorisation (K³/3), spreading errors and measuring two of them (N·K² each)."""
     k2 = columns**2
     return Work(
-        matmul=problems * (2 * tokens * k2 + 3 * rows * k2),
+        matmul=problems * (hessian_work(tokens, columns) + 3 * rows * k2),
         factor=problems * k2 * columns / 3,
         solved=problems * rows * columns,
     )

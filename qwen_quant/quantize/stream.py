@@ -62,13 +62,14 @@ def gptq_layers(
     windows: np.ndarray,
     recipe: Recipe,
     store: LayerStore | None = None,
-    keep_contexts: bool = True,
+    keep_activations: bool = True,
 ) -> Iterator[QuantizedLayer]:
     """Solve every chosen linear of every decoder layer with GPTQ, calibrated on windows [samples, seq_len]; then
     what is chosen outside the layers, if anything is.
 
     Finished layers are kept in `store`, and taken from it when it has them: the result is the same to the bit. So
-    it is without `keep_contexts`, where attention is computed twice instead of being kept for all windows.
+    it is without `keep_activations`, where attention and SwiGLU are computed twice instead of being kept for all
+    windows.
     Raises CalibrationError when `store` belongs to another run, or when activations are not finite.
     """
     spec = checkpoint.spec
@@ -79,7 +80,7 @@ def gptq_layers(
 
     def solved(index: int) -> QuantizedLayer:
         # The run and its weights are gone before the layer is handed on and before the next one is read.
-        run = LayerRun(checkpoint, index, grids, recipe, device, keep_contexts)
+        run = LayerRun(checkpoint, index, grids, recipe, device, keep_activations)
         return _stored_or_solved(run, store, hidden, table)
 
     outer = outer_grids(checkpoint, grids)

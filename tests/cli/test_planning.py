@@ -75,4 +75,4 @@ def test_more_calibration_never_needs_less(samples: int, seq_len: int, more: int
     for larger in (replace(recipe, num_samples=samples + more), replace(recipe, seq_len=seq_len + more)):
         other = plan_run(checkpoint.spec, tensors, larger)
         assert other.peak >= plan.peak and other.work.matmul > plan.work.matmul
-    assert plan_run(checkpoint.spec, tensors, recipe, keep_contexts=False).peak <= plan.peak
+    assert plan_run(checkpoint.spec, tensors, recipe, keep_activations=False).peak <= plan.peak

@@ -131,11 +131,11 @@ def test_nan_weight_names_the_tensor(make_checkpoint: Callable[..., Path]) -> No
         list(gptq_layers(checkpoint, linear_grid(Q4_0()), windows(), RECIPE))
 
 
-def test_contexts_computed_again_give_the_same_bits(make_checkpoint: Callable[..., Path]) -> None:
+def test_activations_computed_again_give_the_same_bits(make_checkpoint: Callable[..., Path]) -> None:
     checkpoint = Checkpoint(make_checkpoint())
     grids = linear_grid(Q4_0())
     kept = gptq_layers(checkpoint, grids, windows(), RECIPE)
-    again = gptq_layers(checkpoint, grids, windows(), RECIPE, keep_contexts=False)
+    again = gptq_layers(checkpoint, grids, windows(), RECIPE, keep_activations=False)
     for first, second in zip(kept, again, strict=True):
         for name, tensor in first.tensors.items():
             assert np.array_equal(tensor.codes, second.tensors[name].codes)
