@@ -27,8 +27,10 @@ from qwen_quant.quantize.compensate import Columns, compensate, rounding_error, 
 from qwen_quant.quantize.descend import Descent
 from qwen_quant.quantize.factor import Factor, factorise, output_error
 from qwen_quant.quantize.parallel import each_on_its_thread
+from qwen_quant.quantize.ranks import each_on_its_rank, shares
 
 FLOATS_AT_ONCE = 1 << 24  # weights of the rows that are solved together: bounds the temporaries
+ROWS_AT_ONCE = 512  # of them on a CPU, so that there are pieces for all threads and ranks
 FALLBACK = "importance-weighted rounding"
 
 
@@ -66,6 +68,9 @@ class _Rows:
     cost: Tensor
     rtn_cost: Tensor
     size: Tensor
+
+
+OnEach = Callable[[Callable[[Tensor], _Rows], Sequence[Tensor]], list[_Rows]]
 
 
 @dataclass
@@ -164,10 +169,11 @@ def solve(
 ) -> list[Solution]:
     """Quantize weights [N_i, K] that share an input with second moments `hessian` [K, K].
 
-    `grids` is one for all or one for each.
+    `grids` is one for all or one for each. All ranks solve together, each some of the rows.
     """
-    stacks = [weight[None] for weight in weights]
-    return solve_stack(stacks, hessian[None], grids, damp_percent=damp_percent, desc_act=desc_act)[0]
+    each = [grids] * len(weights) if isinstance(grids, AffineGrid) else list(grids)
+    shared = Input.of(hessian[None], damp_percent)
+    return solve_input([weight[None] for weight in weights], shared, each, desc_act, _each_on_all_ranks)[0]
 
 
 def solve_stack(
@@ -194,8 +200,18 @@ def solve_stack(
     return [solution for found in each_on_its_thread(solve_part, parts) for solution in found]
 
 
+def _each_on_all_ranks(function: Callable[[Tensor], _Rows], pieces: Sequence[Tensor]) -> list[_Rows]:
+    """`each_on_its_thread`, with the threads of all ranks."""
+    found = each_on_its_rank(lambda some: each_on_its_thread(function, some), shares(pieces))
+    return [rows for some in found for rows in some]
+
+
 def solve_input(
-    weights: list[Tensor], shared: Input, grids: Sequence[AffineGrid], desc_act: bool = False
+    weights: list[Tensor],
+    shared: Input,
+    grids: Sequence[AffineGrid],
+    desc_act: bool = False,
+    on_each: OnEach = each_on_its_thread,
 ) -> list[list[Solution]]:
     """`solve_stack` on this thread, of an input that is factored already; one grid for each weight."""
     members: dict[str, list[int]] = {}
@@ -204,18 +220,18 @@ def solve_input(
     solved: dict[int, list[Solution]] = {}
     for indices in members.values():
         problem = _Problem.of(grids[indices[0]], shared, desc_act)
-        found = _solve_together(problem, [weights[index] for index in indices])
+        found = _solve_together(problem, [weights[index] for index in indices], on_each)
         solved |= dict(zip(indices, found, strict=True))
     return [[solved[index][e] for index in range(len(weights))] for e in range(len(shared.order))]
 
 
-def _solve_together(problem: _Problem, weights: list[Tensor]) -> list[list[Solution]]:
+def _solve_together(problem: _Problem, weights: list[Tensor], on_each: OnEach) -> list[list[Solution]]:
     """Solutions of each weight [E, N_i, K] on the problem's grid, E of them.
 
     The weights are put together along N, which changes nothing in the result (rows are independent) and saves passes.
     """
     w = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)  # [E, N, K]
-    found = _joined(each_on_its_thread(problem.solve, w.split(_rows_at_once(w), dim=1)))
+    found = _joined(on_each(problem.solve, w.split(_rows_at_once(w), dim=1)))
     index, factor = problem.group_index(), problem.factor
     solutions: list[list[Solution]] = []
     start = 0
@@ -236,9 +252,11 @@ def _solve_together(problem: _Problem, weights: list[Tensor]) -> list[list[Solut
 
 def _rows_at_once(w: Tensor) -> int:
     """Rows are independent: each thread takes some at a time."""
-    threads = torch.get_num_threads() if w.device.type == "cpu" else 1
+    if w.device.type != "cpu":
+        return max(1, FLOATS_AT_ONCE // (w.shape[0] * w.shape[2]))
+    threads = torch.get_num_threads()
     bound = FLOATS_AT_ONCE // (threads * w.shape[0] * w.shape[2])
-    return max(1, min(bound, -(-w.shape[1] // threads)))
+    return max(1, min(bound, ROWS_AT_ONCE, -(-w.shape[1] // threads)))
 
 
 def _joined(parts: list[_Rows]) -> _Rows:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from qwen_quant.grids.base import QuantizedTensor
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen_quant.grids.base import QuantizedTensor, Scales
 from qwen_quant.quantize.gptq import Solution
 
 
@@ -73,3 +77,27 @@ class QuantizedLayer:
     reports: list[LinearReport] = field(default_factory=list)
     seconds: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
+
+
+def to_numpy(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The same tensor with NumPy arrays of its own (stacked solves hand out views)."""
+
+    def own(x: Tensor) -> np.ndarray:
+        return x.cpu().numpy().copy()
+
+    index = None if tensor.group_index is None else own(tensor.group_index)
+    return QuantizedTensor(
+        tensor.grid, own(tensor.codes), Scales(own(tensor.scales.scale), own(tensor.scales.offset)), index
+    )
+
+
+def to_torch(tensor: QuantizedTensor, device: torch.device) -> QuantizedTensor:
+    """The inverse of `to_numpy`, on `device`."""
+
+    def move(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(device)
+
+    index = None if tensor.group_index is None else move(tensor.group_index)
+    return QuantizedTensor(
+        tensor.grid, move(tensor.codes), Scales(move(tensor.scales.scale), move(tensor.scales.offset)), index
+    )
