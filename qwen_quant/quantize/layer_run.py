@@ -28,7 +28,7 @@ from qwen_quant.quantize.layer import LinearReport, QuantizedLayer, Stopwatch
 from qwen_quant.quantize.recipe import GridChoice, Recipe
 from qwen_quant.spec import TensorInfo
 
-TOKENS_AT_ONCE = 4096  # calibration tokens per forward pass: bounds activations beside the hidden states
+TOKENS_AT_ONCE = 1024  # calibration tokens per forward pass: bounds activations beside the hidden states
 
 
 def batches_of(hidden: Tensor) -> tuple[Tensor, ...]:
@@ -195,6 +195,7 @@ class LayerRun:
         grids = self._grids_of(stage)
         if not grids:
             return
+        give_back_memory()  # of the passes, whose tensors have other sizes than the solver's
         solutions = solve(
             [self._linear(name).weight.data for name in grids],
             moments.hessian,
@@ -204,6 +205,7 @@ class LayerRun:
         )
         for name, solution in zip(grids, solutions, strict=True):
             self._keep(name, solution, moments.n_tokens)
+        give_back_memory()
         self.watch.lap("solve")
 
     def _grids_of(self, names: tuple[str, ...]) -> dict[str, AffineGrid]:
