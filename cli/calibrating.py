@@ -178,6 +178,7 @@ def _layer_fields(layers: list[QuantizedLayer]) -> list[dict[str, Any]]:
             "tokens": report.tokens,
             "fallback": report.fallback,
             "pooled": report.pooled,
+            "note": report.note,
         }
         for layer in layers
         for report in layer.reports
@@ -222,8 +223,8 @@ def announce(notes: list[str]) -> None:
 
 
 def print_notes(layers: list[QuantizedLayer], unquantized: dict[str, str]) -> None:
-    """Fallbacks by name, experts that saw few tokens, and what stays in full precision, grouped by reason, on
-    standard error."""
+    """Fallbacks by name, experts that saw few tokens, other notes, and what stays in full precision, each reason once;
+    on standard error."""
     for layer in layers:
         cold = {r.name.split(".")[5]: r.tokens for r in layer.reports if r.pooled}
         if cold:
@@ -236,9 +237,17 @@ def print_notes(layers: list[QuantizedLayer], unquantized: dict[str, str]) -> No
         for report in layer.reports:
             if report.fallback:
                 print(f"warning: {report.name}: {report.fallback}", file=sys.stderr)
-    reasons: dict[str, list[str]] = {}
-    for name, reason in unquantized.items():
-        reasons.setdefault(reason, []).append(name)
-    for reason, names in reasons.items():
-        some = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-        print(f"not quantized: {some} ({reason})", file=sys.stderr)
+    noted = {report.name: report.note for layer in layers for report in layer.reports if report.note}
+    for names, note in _by_text(noted):
+        print(f"note: {names} ({note})", file=sys.stderr)
+    for names, reason in _by_text(unquantized):
+        print(f"not quantized: {names} ({reason})", file=sys.stderr)
+
+
+def _by_text(texts: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Each text once, with the tensors that it is about: `NAME and 3 more`."""
+    found: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        found.setdefault(text, []).append(name)
+    for text, names in found.items():
+        yield names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more", text

@@ -29,7 +29,7 @@ def guarded(arguments: Sequence[str]) -> int:
     debug = "--debug" in before_command or os.environ.get(DEBUG_VARIABLE, "0") not in ("", "0")
     prepare_process()
     try:
-        return run_application(arguments)
+        return in_its_place(lambda: run_application(arguments))
     except BrokenPipeError:
         discard_output()
         return 1
@@ -41,6 +41,18 @@ def guarded(arguments: Sequence[str]) -> int:
         message, code = describe(error)
         print(f"{PROGRAM}: {' '.join(message.split())}", file=sys.stderr)
         return code
+
+
+def in_its_place(run: Callable[[], int]) -> int:
+    """`run`, or where torchrun started several processes: in the first one; the others help it to calibrate."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+        return run()
+    from qwen_quant.quantize.ranks import follow, leading
+
+    if os.environ["RANK"] != "0":
+        return follow()
+    with leading():
+        return run()
 
 
 def run_application(arguments: Sequence[str]) -> int:

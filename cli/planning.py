@@ -187,8 +187,8 @@ def print_summary(plan: Plan, speed: Speed, options: GPTQOptions | ExportOptions
     kept = f", of which hidden states {size(plan.hidden_states)}" if plan.hidden_states else ""
     print(f"memory: about {size(plan.peak)} ({plan.worst.name}){kept}{again}")
     print(
-        f"time: about {_duration(total)}, {max(seconds):.1f} s for a layer (an estimate from a short timing of "
-        "this machine)"
+        f"time: about {_duration(total)}, {max(seconds):.1f} s for a layer (an estimate for this machine while "
+        "nothing else runs on it)"
     )
 
 

@@ -114,6 +114,9 @@ def round_columns(
     codes: Bytes,
     error: Floats,
 ) -> None: ...
+def descend_columns(
+    grid: GridCodes, hessian: Floats, scale: Floats, offset: Floats, pull: Floats, codes: Bytes, error: Floats
+) -> None: ...
 
 class MemoryProbe:
     """Measures how fast memory can be read, with memory of its own."""

@@ -99,12 +99,16 @@ class TensorSource:
     def _pieces(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """A float tensor in pieces along its first dimension, each as stored and as float32; raises as `read`."""
         file = self._locate(name)
-        entry = file.entries[name]
+        for rows in self.pieces(name):
+            raw = file.read_raw(name, rows.start, rows.stop)
+            yield raw, self._floats(file, name, raw)
+
+    def pieces(self, name: str) -> list[slice]:
+        """The rows of a tensor in runs that are read at once."""
+        entry = self._locate(name).entries[name]
         rows = entry.shape[0] if entry.shape else 1
         step = max(1, rows * CHUNK_BYTES // max(1, entry.nbytes))
-        for start in range(0, rows, step):
-            raw = file.read_raw(name, start, start + step)
-            yield raw, self._floats(file, name, raw)
+        return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
     def raw_chunks(self, name: str) -> Iterator[np.ndarray]:
         """The stored array in pieces, checked as `read` does: for copying what is too big to hold."""
@@ -123,10 +127,13 @@ class TensorSource:
             start += len(part)
         return np.concatenate(found)
 
-    def read(self, name: str) -> np.ndarray:
-        """A floating-point tensor as float32. Raises CheckpointError when it is not finite or not of floats."""
+    def read(self, name: str, rows: slice = slice(0, None)) -> np.ndarray:
+        """A floating-point tensor, or a run of its rows, as float32.
+
+        Raises CheckpointError when it is not finite or not of floats.
+        """
         file = self._locate(name)
-        return self._floats(file, name, file.read_raw(name))
+        return self._floats(file, name, file.read_raw(name, rows.start, rows.stop))
 
     def _floats(self, file: SafetensorsFile, name: str, raw: np.ndarray) -> np.ndarray:
         dtype = file.entries[name].dtype

@@ -22,7 +22,7 @@ using Stack = nb::ndarray<T, nb::ndim<3>, nb::device::cpu>;
 template <class T>
 void check_shape(const Stack<T>& array, const char* name, const Stack<float>& like, size_t last) {
     if (array.shape(0) != like.shape(0) || array.shape(1) != like.shape(1) || array.shape(2) != last) {
-        throw RunError(std::string("round_columns: ") + name + " does not fit the target [E, M, N]");
+        throw RunError(std::string(name) + " does not fit the columns [E, M, N]");
     }
 }
 
@@ -30,8 +30,12 @@ template <class T>
 void check(const Stack<T>& array, const char* name, const Stack<float>& like) {
     check_shape(array, name, like, like.shape(2));
     if (array.shape(2) > 1 && array.stride(2) != 1) {
-        throw RunError(std::string("round_columns: in ") + name + " the rows of a column do not lie side by side");
+        throw RunError(std::string("in ") + name + " the rows of a column do not lie side by side");
     }
+}
+
+void check_strides(const Stack<const float>& scale, const Stack<const float>& offset) {
+    if (scale.stride(1) != offset.stride(1)) throw RunError("scale and offset have different strides");
 }
 
 Rule rule_of(const std::string& name) {
@@ -102,7 +106,7 @@ void round_columns(const Grid& grid, Stack<float> target, Stack<const float> sca
     check(w, "w", target);
     check(codes, "codes", target);
     check(error, "error", target);
-    if (scale.stride(1) != offset.stride(1)) throw RunError("round_columns: scale and offset have different strides");
+    check_strides(scale, offset);
     const nb::gil_scoped_release release;
     for (size_t e = 0; e < target.shape(0); ++e) {
         const int64_t i = static_cast<int64_t>(e);
@@ -112,6 +116,29 @@ void round_columns(const Grid& grid, Stack<float> target, Stack<const float> sca
              target.data() + i * target.stride(0), target.stride(1), scale.data() + i * scale.stride(0),
              offset.data() + i * offset.stride(0), scale.stride(1), spread.data() + i * spread.stride(0),
              spread.stride(1), spread.stride(2), w.data() + i * w.stride(0), w.stride(1),
+             codes.data() + i * codes.stride(0), codes.stride(1), error.data() + i * error.stride(0),
+             error.stride(1)});
+    }
+}
+
+void descend_columns(const Grid& grid, Stack<const float> hessian, Stack<const float> scale, Stack<const float> offset,
+                     Stack<float> pull, Stack<uint8_t> codes, Stack<float> error) {
+    check(pull, "pull", pull);
+    check_shape(hessian, "hessian", pull, pull.shape(1));
+    if (hessian.shape(2) > 1 && hessian.stride(2) != 1) throw RunError("the columns of hessian do not lie side by side");
+    check(scale, "scale", pull);
+    check(offset, "offset", pull);
+    check(codes, "codes", pull);
+    check(error, "error", pull);
+    check_strides(scale, offset);
+    const nb::gil_scoped_release release;
+    for (size_t e = 0; e < pull.shape(0); ++e) {
+        const int64_t i = static_cast<int64_t>(e);
+        grid_kernels().descend_columns(
+            grid.rule, grid.codes(),
+            {static_cast<int64_t>(pull.shape(1)), static_cast<int64_t>(pull.shape(2)),
+             hessian.data() + i * hessian.stride(0), hessian.stride(1), scale.data() + i * scale.stride(0),
+             offset.data() + i * offset.stride(0), scale.stride(1), pull.data() + i * pull.stride(0), pull.stride(1),
              codes.data() + i * codes.stride(0), codes.stride(1), error.data() + i * error.stride(0),
              error.stride(1)});
     }
@@ -131,6 +158,9 @@ void bind_grids(nb::module_& m) {
     m.def("round_columns", &round_columns, nb::arg("grid"), nb::arg("target"), nb::arg("scale"), nb::arg("offset"),
           nb::arg("spread"), nb::arg("w"), nb::arg("codes"), nb::arg("error"),
           "Rounds columns [E, M, N] from the last to the first in place, spreading each one's error.");
+    m.def("descend_columns", &descend_columns, nb::arg("grid"), nb::arg("hessian"), nb::arg("scale"),
+          nb::arg("offset"), nb::arg("pull"), nb::arg("codes"), nb::arg("error"),
+          "Gives columns [E, M, N], from the last to the first, the codes that are best beside the others', in place.");
 }
 
 }  // namespace qq

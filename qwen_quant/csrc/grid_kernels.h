@@ -48,12 +48,30 @@ struct RoundColumnsArgs {
     int64_t ld_error;
 };
 
+// Columns whose errors pull at each other, of one problem: columns of n rows each, a column's rows side by side.
+struct DescendArgs {
+    int64_t columns, n;
+    const float* hessian;  // [columns, columns], symmetric
+    int64_t hessian_row;   // from one row to the next
+    const float* scale;
+    const float* offset;
+    int64_t ld_scale;
+    float* pull;  // the Hessian's rows times the errors of all columns there are
+    int64_t ld_pull;
+    uint8_t* codes;
+    int64_t ld_codes;
+    float* error;  // w minus what is decoded
+    int64_t ld_error;
+};
+
 struct GridKernels {
     // errors[m, c] = sum of importance * (w - decoded)^2
     void (*group_errors)(Rule, const Codes&, const GroupsArgs&, float* errors);
     // Five times [m, c]: the sums of importance, and of importance times w, level, level^2, and level * w.
     void (*group_sums)(Rule, const Codes&, const GroupsArgs&, float* const* sums);
     void (*round_columns)(Rule, const Codes&, const RoundColumnsArgs&);
+    // Gives each column, from the last to the first, the code that is best beside the others' as they are by then.
+    void (*descend_columns)(Rule, const Codes&, const DescendArgs&);
 };
 
 // The quickest that this CPU can run.

@@ -82,6 +82,63 @@ void round_columns_on(const Grid& grid, const RoundColumnsArgs& a) {
     }
 }
 
+constexpr int64_t kMoved = 16;  // columns whose changes are kept until they are spread into the columns around them
+
+// The best codes of some rows of one column; `moved` is how far their values fall.
+template <class Grid>
+void descend_column(const Grid& grid, const DescendArgs& a, int64_t column, int64_t begin, int64_t count, float* moved) {
+    const float inverse = 1.0f / a.hessian[column * a.hessian_row + column];
+    const float* pull = a.pull + column * a.ld_pull + begin;
+    float* error = a.error + column * a.ld_error + begin;
+    uint8_t* codes = a.codes + column * a.ld_codes + begin;
+    const float* scale = a.scale + column * a.ld_scale + begin;
+    const float* offset = a.offset + column * a.ld_scale + begin;
+    for (int64_t i = 0; i < count; ++i) {
+        const float value = grid.value(static_cast<float>(codes[i]), scale[i], offset[i]);
+        const float code = grid.code(value + pull[i] * inverse, scale[i], offset[i]);
+        moved[i] = value - grid.value(code, scale[i], offset[i]);
+        codes[i] = static_cast<uint8_t>(static_cast<int>(code));
+        error[i] += moved[i];
+    }
+}
+
+// Adds to the pulls of column `to` what the moves of columns `from` to `from + N` cause.
+template <int64_t N>
+void pull_at(const DescendArgs& a, int64_t to, int64_t from, int64_t begin, int64_t count, const float* moved) {
+    float share[N];
+    for (int64_t j = 0; j < N; ++j) share[j] = a.hessian[to * a.hessian_row + from + j];
+    float* pull = a.pull + to * a.ld_pull + begin;
+    for (int64_t i = 0; i < count; ++i) {
+        float sum = pull[i];
+        for (int64_t j = 0; j < N; ++j) sum += share[j] * moved[j * kRowsAtOnce + i];
+        pull[i] = sum;
+    }
+}
+
+template <class Grid>
+void descend_columns_on(const Grid& grid, const DescendArgs& a) {
+    float moved[kMoved * kRowsAtOnce];
+    for (int64_t begin = 0; begin < a.n; begin += kRowsAtOnce) {
+        const int64_t count = std::min(kRowsAtOnce, a.n - begin);
+        for (int64_t stop = a.columns; stop > 0; stop -= kMoved) {
+            const int64_t start = std::max<int64_t>(0, stop - kMoved);
+            for (int64_t column = stop - 1; column >= start; --column) {
+                float* mine = moved + (column - start) * kRowsAtOnce;
+                descend_column(grid, a, column, begin, count, mine);
+                for (int64_t to = start; to < stop; ++to) pull_at<1>(a, to, column, begin, count, mine);
+            }
+            for (int64_t to = 0; to < a.columns; ++to) {
+                if (to >= start && to < stop) continue;
+                int64_t from = start;
+                for (; from + 4 <= stop; from += 4) {
+                    pull_at<4>(a, to, from, begin, count, moved + (from - start) * kRowsAtOnce);
+                }
+                for (; from < stop; ++from) pull_at<1>(a, to, from, begin, count, moved + (from - start) * kRowsAtOnce);
+            }
+        }
+    }
+}
+
 // The sums of N terms over groups for each of their candidates, `terms(w, importance, code, scale, offset, out)`.
 // Eight partial sums in turn, whatever the instruction set: the result is the same on every machine.
 template <int N, class Grid, class Terms>
@@ -162,7 +219,11 @@ void round_columns(Rule rule, const Codes& codes, const RoundColumnsArgs& a) {
     with_rule(rule, codes, [&](const auto& grid) { round_columns_on(grid, a); });
 }
 
-constexpr GridKernels kTable = {group_errors, group_sums, round_columns};
+void descend_columns(Rule rule, const Codes& codes, const DescendArgs& a) {
+    with_rule(rule, codes, [&](const auto& grid) { descend_columns_on(grid, a); });
+}
+
+constexpr GridKernels kTable = {group_errors, group_sums, round_columns, descend_columns};
 
 }  // namespace
 

@@ -126,6 +126,11 @@ class AffineGrid(ABC):
         return _core.GridCodes(self.rule, self.max_code, self.levels, self.nearest_codes)
 
     @property
+    def groups_per_block(self) -> int:
+        """Groups side by side whose scales can only be chosen together."""
+        return 1
+
+    @property
     @abstractmethod
     def bits_per_weight(self) -> float:
         """Stored bits per weight, scales included (whole-row scales count as none)."""
@@ -149,6 +154,10 @@ class AffineGrid(ABC):
     @abstractmethod
     def search(self, groups: Array, importance: Array) -> Scales:
         """Scales [M, 1] that minimise sum(importance * (w - decoded)^2) of groups [M, group_size]."""
+
+    @abstractmethod
+    def refit(self, sums: Sums, scales: Scales) -> Scales:
+        """Stored scales that are least squares for the levels which `scales` led to, all [M, 1]."""
 
     def columns_per_group(self, k: int) -> int:
         """The group size for a matrix of `k` columns."""

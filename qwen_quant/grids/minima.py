@@ -110,7 +110,7 @@ class MinimumSuperBlock(SuperBlockGrid):
         """Of a regression; 0 where all codes are the same but for rounding errors."""
         return namespace(spread).where(spread > 1e-6 * norm, ratio(covariance, spread), covariance * 0.0)
 
-    def stored(self, sums: Sums) -> Scales:
+    def refit(self, sums: Sums, scales: Scales) -> Scales:
         xp = namespace(sums.weight)
         moments = self._moments(sums)
         lowest = xp.clip(moments.start * moments.code - moments.value, 0.0, None)

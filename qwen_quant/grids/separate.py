@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-from qwen_quant.grids.base import AffineGrid, Array, Scales, Sums, joined, namespace
+from qwen_quant.grids.base import AffineGrid, Array, Scales, joined, namespace
 
 # Scales tried by the search, relative to the one that just covers the group's extreme value. Clipping the
 # extreme often pays at few bits; a little above 1 pays when the other values then fall nearer to codes.
@@ -18,10 +18,6 @@ class SeparateGroups(AffineGrid):
     @abstractmethod
     def candidates(self, groups: Array) -> list[Scales]:
         """Scales the search tries for groups [M, group_size], each [M, 1]."""
-
-    @abstractmethod
-    def refit(self, sums: Sums, scales: Scales) -> Scales:
-        """Least-squares scales for the levels that `scales` led to, all [M, 1]."""
 
     def search(self, groups: Array, importance: Array) -> Scales:
         xp = namespace(groups)

@@ -90,7 +90,7 @@ class SuperBlockGrid(BlockGrid):
         best_error = total(self.by_block(self.error(groups, importance, best)))
         trial = self.free(groups, importance)
         for _ in range(ALTERNATIONS):
-            trial = self.stored(self.sums(groups, importance, trial))
+            trial = self.refit(self.sums(groups, importance, trial), trial)
             error = total(self.by_block(self.error(groups, importance, trial)))
             better = xp.reshape(
                 xp.broadcast_to(error < best_error, (error.shape[0], self.groups_per_block)), (-1, 1)
@@ -104,10 +104,6 @@ class SuperBlockGrid(BlockGrid):
     @abstractmethod
     def free(self, groups: Array, importance: Array) -> Scales:
         """Scales [M, 1] of groups [M, group_size] each on its own, not yet of the stored form."""
-
-    @abstractmethod
-    def stored(self, sums: Sums) -> Scales:
-        """Scales [M, 1] of the stored form that are best for the levels of `sums` [M, 1]."""
 
 
 class SymmetricSuperBlock(SuperBlockGrid):
@@ -161,7 +157,7 @@ class SymmetricSuperBlock(SuperBlockGrid):
         best = xp.take_along_axis(fitted, xp.argmax(gain, axis=1, keepdims=True), axis=1)
         return self._scales(xp.where(best == 0, xp.ones_like(best), best))
 
-    def stored(self, sums: Sums) -> Scales:
+    def refit(self, sums: Sums, scales: Scales) -> Scales:
         xp = namespace(sums.square)
         norm = self.by_block(sums.square)  # [M / S, S]
         wanted = ratio(self.by_block(sums.product), norm)

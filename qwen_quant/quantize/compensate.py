@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qwen_quant import _core
 from qwen_quant.grids.base import AffineGrid, Scales
-from qwen_quant.quantize.factor import Factor, spread_cost
+from qwen_quant.quantize.factor import Factor
 
 BLOCK = 128  # columns that the errors of all columns before them are spread into at once
 FEW = 32  # columns among which errors are spread one by one
@@ -41,17 +41,15 @@ def _blocks(k: int) -> list[slice]:
     return [slice(max(0, stop - BLOCK), stop) for stop in range(k, 0, -BLOCK)]
 
 
-def compensate(w: Tensor, factor: Factor, grid: AffineGrid, columns: Columns) -> tuple[Tensor, Tensor]:
-    """Codes uint8 [E, K, N] of weights w [E, K, N], and what rounding to them costs: diag(D H Dᵀ) [E, N].
+def compensate(w: Tensor, factor: Factor, grid: AffineGrid, columns: Columns) -> Tensor:
+    """Codes uint8 [E, K, N] of weights w [E, K, N].
 
     Errors are spread into a block from all columns before it, then within the block from a few columns at a time
     into the others, and among these few from column to column.
     """
-    e, k, n = w.shape
     codes = torch.empty_like(w, dtype=torch.uint8)
     error = torch.empty_like(w)  # W - Q
-    cost = torch.zeros(e, n, dtype=torch.float64, device=w.device)
-    for block in _blocks(k):
+    for block in _blocks(w.shape[1]):
         target = w[:, block].clone()  # what each column would best be decoded to
         target.baddbmm_(factor.spread[:, block.stop :, block].mT, error[:, block.stop :])
         scales = columns[block]
@@ -69,8 +67,7 @@ def compensate(w: Tensor, factor: Factor, grid: AffineGrid, columns: Columns) ->
                 error[:, here],
             )
             target[:, : some.start].baddbmm_(spread[:, :, : some.start].mT, error[:, here])
-        cost += spread_cost(target, factor, block)
-    return codes, factor.undamped(cost, error)
+    return codes
 
 
 def _round_columns(

@@ -6,7 +6,7 @@ toward the pooled one of the layer, the moments over all tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class ExpertInputs:
         self.block, self.prefix = block, prefix
         self._parts, self._norm = parts, norm
         hidden_size = parts[0].shape[-1]
-        pooled = Calibration(hidden_size, f"{prefix}gate", parts[0].device)
+        pooled = Calibration(hidden_size, f"{prefix}gate", parts[0].device, shared=True)
         self._routes = []
         for tokens in self._inputs():
             pooled.add(tokens)
@@ -59,11 +59,14 @@ class ExpertInputs:
         for part in self._parts:
             yield self._norm(part).flatten(0, -2)
 
-    def _routed(self, experts: range) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
-        """The tokens of `experts`: each time the number of the part, of the expert, its inputs [R, hidden], and
-        which rows of the part they are and their weights, both [R]. Only these rows are normalised again."""
-        for number, (part, (chosen, weights)) in enumerate(zip(self._parts, self._routes, strict=True)):
-            hidden = part.flatten(0, -2)
+    def _routed(
+        self, experts: range, parts: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
+        """The tokens of `experts` in all parts or some: each time the number of the part, of the expert, its inputs
+        [R, hidden], and which rows of the part they are and their weights, both [R]. Only these rows are normalised
+        again."""
+        for number in range(len(self._parts)) if parts is None else parts:
+            hidden, (chosen, weights) = self._parts[number].flatten(0, -2), self._routes[number]
             for expert in experts:
                 rows, ranks = torch.where(chosen == expert)
                 if len(rows):
@@ -88,9 +91,10 @@ class ExpertInputs:
             found[expert - experts.start].add(self._expert(expert).gated(tokens))
         return found
 
-    def add_outputs(self, experts: range, outputs: Sequence[Tensor]) -> None:
-        """Add to `outputs`, shaped as the parts, what `experts` make of the tokens that are routed to them."""
-        for number, expert, tokens, rows, weights in self._routed(experts):
+    def add_outputs(self, experts: range, outputs: Mapping[int, Tensor]) -> None:
+        """Add to `outputs`, shaped as the parts of these numbers, what `experts` make of the tokens that are routed
+        to them."""
+        for number, expert, tokens, rows, weights in self._routed(experts, list(outputs)):
             self.block.add_expert(outputs[number].flatten(0, -2), expert, tokens, rows, weights)
 
     def pooled_gated(self, expert: int) -> Tensor:

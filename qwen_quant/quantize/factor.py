@@ -12,8 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwen_quant.errors import CalibrationError
+
 DAMPING_STEPS = 4  # each ten times the one before, when the factorisation fails
 BLOCK = 256  # columns of D L computed at once
+NOT_DEFINITE = "hessian not positive definite"
+NO_INPUT = "inputs are all zero"
 
 
 @dataclass
@@ -28,7 +32,8 @@ class Factor:
     pivots: Tensor  # [E, K]
     added: Tensor  # [E]: what damping added to the diagonal
     dampings: list[float]  # the same as a share of the mean diagonal
-    failed: list[bool]
+    asked: float  # the damping to begin with
+    failed: list[str]  # why no damping helped, empty where one did
 
     def undamped(self, cost: Tensor, difference: Tensor) -> Tensor:
         """`cost` [E, N] of `difference` [E, K, N] without what damping added to it."""
@@ -40,9 +45,15 @@ def factorise(hessian: Tensor, damp_percent: float) -> Factor:
     """Factor each H [E, K, K], damped by `damp_percent` of its mean diagonal, and by more where that fails.
 
     `hessian` is damped in its place meanwhile: for a wide layer a copy would be the largest tensor of the run.
+    A Hessian of low rank needs no more than that damping, one of zeros has none that helps. Raises CalibrationError
+    for one that is not finite.
     """
     diagonal = torch.diagonal(hessian, dim1=1, dim2=2)  # a view
     undamped = diagonal.clone()
+    if not torch.isfinite(undamped).all():
+        raise CalibrationError(
+            "second moments are not finite; the activations they come from are not, or too large"
+        )
     means = undamped.mean(-1)
     dampings, open_ = [0.0] * len(hessian), list(range(len(hessian)))
     factor = None
@@ -55,7 +66,7 @@ def factorise(hessian: Tensor, damp_percent: float) -> Factor:
         # A value that is not finite, wherever it stands in a row of L, makes the row's diagonal so.
         good = ((info == 0) & torch.isfinite(pivots).all(-1)).tolist()
         if factor is None:
-            factor = Factor(spread, pivots, damping * means, dampings, [])
+            factor = Factor(spread, pivots, damping * means, dampings, damp_percent, [])
         else:
             factor.spread[open_], factor.pivots[open_], factor.added[open_] = (
                 spread,
@@ -70,8 +81,9 @@ def factorise(hessian: Tensor, damp_percent: float) -> Factor:
         damping *= 10
     diagonal.copy_(undamped)
     assert factor is not None
-    factor.failed = [index in open_ for index in range(len(hessian))]
+    factor.failed = [""] * len(hessian)
     for index in open_:
+        factor.failed[index] = NOT_DEFINITE if means[index] else NO_INPUT
         factor.spread[index] = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
         factor.added[index] = damp_percent * means[index]
         factor.pivots[index] = (undamped[index] + factor.added[index]).clamp(min=0).sqrt()

@@ -4,6 +4,8 @@ Minimises tr((W - Q) H (W - Q)ᵀ) column by column: each column is rounded afte
 spread into it. Columns go in order of falling diag(H) ("act-order"); unless `desc_act` is set the groups stay in
 their stored order, so that no reader needs an index for it.
 
+Then codes and scales descend further together (descend.py).
+
 Errors are spread by the Cholesky factor of H itself (factor.py), in the form of Babai's nearest plane: it makes the
 same choices as the factor of H⁻¹ in the first paper (Chen et al. 2025, arXiv:2507.18553), needs no inverse, and the
 loss of the solve is known when it ends.
@@ -22,11 +24,14 @@ from torch import Tensor
 
 from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales
 from qwen_quant.quantize.compensate import Columns, compensate, rounding_error, select
+from qwen_quant.quantize.descend import Descent
 from qwen_quant.quantize.factor import Factor, factorise, output_error
 from qwen_quant.quantize.parallel import each_on_its_thread
+from qwen_quant.quantize.ranks import each_on_its_rank, shares
 
 FLOATS_AT_ONCE = 1 << 24  # weights of the rows that are solved together: bounds the temporaries
-FALLBACK = "hessian not positive definite: importance-weighted rounding"
+ROWS_AT_ONCE = 512  # of them on a CPU, so that there are pieces for all threads and ranks
+FALLBACK = "importance-weighted rounding"
 
 
 @dataclass
@@ -39,6 +44,7 @@ class Solution:
     rtn_cost: Tensor
     size: Tensor
     damping: float
+    more_damping: bool = False  # than was asked for
     fallback: str = ""
 
     @property
@@ -54,8 +60,8 @@ class Solution:
 
 @dataclass
 class _Rows:
-    """What is found for some rows: codes uint8 [E, N, K], scales [E, N, G], and diag(D H Dᵀ) [E, N] of the solve's
-    error D, of plain rounding's, and of W itself."""
+    """What is found for some rows: codes uint8 [E, N, K] in stored order, scales [E, N, G], and diag(D H Dᵀ) [E, N] of
+    the solve's error D, of plain rounding's, and of W itself."""
 
     codes: Tensor
     scales: Scales
@@ -64,11 +70,15 @@ class _Rows:
     size: Tensor
 
 
+OnEach = Callable[[Callable[[Tensor], _Rows], Sequence[Tensor]], list[_Rows]]
+
+
 @dataclass
 class Input:
     """What all weights that read an input share. Columns are solved from the last to the first, hence `order`
     ascends."""
 
+    hessian: Tensor  # [E, K, K], in stored order
     importance: Tensor  # [E, K], in stored order
     order: Tensor  # [E, K]: the stored column at each place
     factor: Factor
@@ -80,7 +90,9 @@ class Input:
         # Damped as the solve is: an input that calibration never saw may still come alive later.
         importance = diagonal + (damp_percent * diagonal.mean(-1, keepdim=True)).clamp(min=1e-12)
         order = torch.argsort(importance, dim=-1, descending=True, stable=True).flip(-1)
-        return cls(importance, order, factorise(select(select(hessian, order).mT, order), damp_percent))
+        return cls(
+            hessian, importance, order, factorise(select(select(hessian, order).mT, order), damp_percent)
+        )
 
 
 @dataclass
@@ -90,6 +102,18 @@ class _Problem:
     grid: AffineGrid
     input: Input
     desc_act: bool
+    sequence: Tensor  # [E, K]: the stored columns as they are put into groups
+    hessian: Tensor  # [E, K, K], in this sequence
+
+    @classmethod
+    def of(cls, grid: AffineGrid, shared: Input, desc_act: bool) -> _Problem:
+        if desc_act:
+            sequence = shared.order.flip(1)
+            return cls(
+                grid, shared, desc_act, sequence, select(select(shared.hessian, sequence).mT, sequence)
+            )
+        stored = torch.arange(shared.order.shape[1], device=shared.order.device)
+        return cls(grid, shared, desc_act, stored.expand_as(shared.order), shared.hessian)
 
     @property
     def order(self) -> Tensor:
@@ -99,39 +123,31 @@ class _Problem:
     def factor(self) -> Factor:
         return self.input.factor
 
-    @property
-    def stored_groups(self) -> Tensor:
-        """The group of the column at each place [E, K], groups in stored order."""
-        return self.order // self.grid.columns_per_group(self.order.shape[1])
-
-    @property
-    def groups(self) -> Tensor:
-        """The group of the column at each place [E, K]."""
-        if not self.desc_act:
-            return self.stored_groups
-        k = self.order.shape[1]
-        place = torch.arange(k - 1, -1, -1, device=self.order.device)
-        return (place // self.grid.columns_per_group(k)).expand_as(self.order)
-
     def group_index(self) -> Tensor | None:
         """The group of each stored column [E, K], where it is not in order."""
-        return self.groups.gather(1, self.order.argsort(-1)) if self.desc_act else None
+        if not self.desc_act:
+            return None
+        return self.sequence.argsort(-1) // self.grid.columns_per_group(self.order.shape[1])
 
     def solve(self, weights: Tensor) -> _Rows:
         """Quantize rows [E, N, K]."""
-        w = select(weights.mT, self.order)  # [E, K, N]
-        if self.desc_act:
-            scales = self._fit(w.flip(1).mT, self.input.importance.gather(1, self.order.flip(1)))
-        else:
-            scales = self._fit(weights, self.input.importance)
-        found, cost = compensate(w, self.factor, self.grid, Columns(scales, self.groups))
-        plain = Columns(self._fit(weights), self.stored_groups)
+        w = select(weights.mT, self.sequence)  # [E, K, N]
+        places = self.sequence.argsort(-1).gather(1, self.order)  # of the columns, in the solver's order
+        groups = places // self.grid.columns_per_group(w.shape[1])
+        scales = self._fit(w.mT, self.input.importance.gather(1, self.sequence))
+        ordered = select(w, places)
+        codes = compensate(ordered, self.factor, self.grid, Columns(scales, groups))
+        descent = Descent.begin(
+            self.grid, w, select(codes, places.argsort(-1)), scales, self.hessian, self.factor.added
+        )
+        descent.run(self.factor.failed)
+        plain = Columns(self._fit(weights), self.order // self.grid.columns_per_group(w.shape[1]))
         return _Rows(
-            codes=select(found, self.order.argsort(-1)).mT.contiguous(),
-            scales=scales,
-            cost=cost,
-            rtn_cost=output_error(rounding_error(w, self.grid, plain), self.factor),
-            size=output_error(w, self.factor),
+            codes=select(descent.codes, self.sequence.argsort(-1)).mT.contiguous(),
+            scales=descent.scales,
+            cost=output_error(select(descent.error, places), self.factor),
+            rtn_cost=output_error(rounding_error(ordered, self.grid, plain), self.factor),
+            size=output_error(ordered, self.factor),
         )
 
     def _fit(self, weights: Tensor, importance: Tensor | None = None) -> Scales:
@@ -153,10 +169,11 @@ def solve(
 ) -> list[Solution]:
     """Quantize weights [N_i, K] that share an input with second moments `hessian` [K, K].
 
-    `grids` is one for all or one for each.
+    `grids` is one for all or one for each. All ranks solve together, each some of the rows.
     """
-    stacks = [weight[None] for weight in weights]
-    return solve_stack(stacks, hessian[None], grids, damp_percent=damp_percent, desc_act=desc_act)[0]
+    each = [grids] * len(weights) if isinstance(grids, AffineGrid) else list(grids)
+    shared = Input.of(hessian[None], damp_percent)
+    return solve_input([weight[None] for weight in weights], shared, each, desc_act, _each_on_all_ranks)[0]
 
 
 def solve_stack(
@@ -183,8 +200,18 @@ def solve_stack(
     return [solution for found in each_on_its_thread(solve_part, parts) for solution in found]
 
 
+def _each_on_all_ranks(function: Callable[[Tensor], _Rows], pieces: Sequence[Tensor]) -> list[_Rows]:
+    """`each_on_its_thread`, with the threads of all ranks."""
+    found = each_on_its_rank(lambda some: each_on_its_thread(function, some), shares(pieces))
+    return [rows for some in found for rows in some]
+
+
 def solve_input(
-    weights: list[Tensor], shared: Input, grids: Sequence[AffineGrid], desc_act: bool = False
+    weights: list[Tensor],
+    shared: Input,
+    grids: Sequence[AffineGrid],
+    desc_act: bool = False,
+    on_each: OnEach = each_on_its_thread,
 ) -> list[list[Solution]]:
     """`solve_stack` on this thread, of an input that is factored already; one grid for each weight."""
     members: dict[str, list[int]] = {}
@@ -192,19 +219,19 @@ def solve_input(
         members.setdefault(grid.name, []).append(index)
     solved: dict[int, list[Solution]] = {}
     for indices in members.values():
-        problem = _Problem(grids[indices[0]], shared, desc_act)
-        found = _solve_together(problem, [weights[index] for index in indices])
+        problem = _Problem.of(grids[indices[0]], shared, desc_act)
+        found = _solve_together(problem, [weights[index] for index in indices], on_each)
         solved |= dict(zip(indices, found, strict=True))
     return [[solved[index][e] for index in range(len(weights))] for e in range(len(shared.order))]
 
 
-def _solve_together(problem: _Problem, weights: list[Tensor]) -> list[list[Solution]]:
+def _solve_together(problem: _Problem, weights: list[Tensor], on_each: OnEach) -> list[list[Solution]]:
     """Solutions of each weight [E, N_i, K] on the problem's grid, E of them.
 
     The weights are put together along N, which changes nothing in the result (rows are independent) and saves passes.
     """
     w = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)  # [E, N, K]
-    found = _joined(each_on_its_thread(problem.solve, w.split(_rows_at_once(w), dim=1)))
+    found = _joined(on_each(problem.solve, w.split(_rows_at_once(w), dim=1)))
     index, factor = problem.group_index(), problem.factor
     solutions: list[list[Solution]] = []
     start = 0
@@ -216,17 +243,20 @@ def _solve_together(problem: _Problem, weights: list[Tensor]) -> list[list[Solut
             scales = Scales(found.scales.scale[e, rows], found.scales.offset[e, rows])
             group_index = None if index is None else index[e]
             tensor = QuantizedTensor(problem.grid, found.codes[e, rows], scales, group_index)
-            fallback = FALLBACK if factor.failed[e] else ""
+            fallback = f"{factor.failed[e]}: {FALLBACK}" if factor.failed[e] else ""
             costs = (found.cost[e, rows], found.rtn_cost[e, rows], found.size[e, rows])
-            solutions[-1].append(Solution(tensor, *costs, factor.dampings[e], fallback))
+            more = not fallback and factor.dampings[e] > factor.asked
+            solutions[-1].append(Solution(tensor, *costs, factor.dampings[e], more, fallback))
     return solutions
 
 
 def _rows_at_once(w: Tensor) -> int:
     """Rows are independent: each thread takes some at a time."""
-    threads = torch.get_num_threads() if w.device.type == "cpu" else 1
+    if w.device.type != "cpu":
+        return max(1, FLOATS_AT_ONCE // (w.shape[0] * w.shape[2]))
+    threads = torch.get_num_threads()
     bound = FLOATS_AT_ONCE // (threads * w.shape[0] * w.shape[2])
-    return max(1, min(bound, -(-w.shape[1] // threads)))
+    return max(1, min(bound, ROWS_AT_ONCE, -(-w.shape[1] // threads)))
 
 
 def _joined(parts: list[_Rows]) -> _Rows:

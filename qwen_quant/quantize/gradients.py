@@ -10,7 +10,6 @@ Memory holds one decoder layer and the hidden states of the windows at every lay
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,6 +23,7 @@ from qwen_quant.model.transformer import RMSNorm
 from qwen_quant.names import HEAD
 from qwen_quant.progress import progress
 from qwen_quant.quantize.layer_run import batches_of
+from qwen_quant.quantize.ranks import each_on_its_rank, on_one_rank
 
 POSITIONS = 128  # whose logits are computed at once
 
@@ -46,10 +46,15 @@ def output_gradients(checkpoint: Checkpoint, hidden: Tensor, seed: int = 0) -> G
         for index in range(spec.num_hidden_layers):
             layer = load_layer(checkpoint, index, device)
             with torch.no_grad():
-                states.append(torch.cat([layer(part, table) for part in batches_of(states[-1])]))
+                passed = each_on_its_rank(partial(layer, table=table), batches_of(states[-1]))
+                states.append(torch.cat(list(passed)))
             advance(1, f"layer {index}")
         found = Gradients()
-        gradient, found.rows[_head_name(checkpoint)] = _through_head(checkpoint, states.pop(), seed)
+        last = states.pop()
+        # Draws follow one another, so one rank makes them all.
+        gradient, found.rows[_head_name(checkpoint)] = on_one_rank(
+            lambda: _through_head(checkpoint, last, seed)
+        )
         for index in reversed(range(spec.num_hidden_layers)):
             layer = load_layer(checkpoint, index, device)
             gradient, squares = _through_layer(layer, states.pop(), gradient, table)
@@ -93,10 +98,10 @@ def _through_layer(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """From the gradient by a layer's outputs that by its inputs `hidden`, and Σ g² over tokens of each linear's
     outputs [N]."""
-    squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+    squares: dict[str, Tensor] = {}  # of one part
 
     def count(name: str, by_output: Tensor) -> None:
-        squares[name] = squares[name] + by_output.flatten(0, -2).square().sum(0)
+        squares[name] = by_output.flatten(0, -2).square().sum(0)
 
     def watch(name: str, module: torch.nn.Module, inputs: object, output: Tensor) -> None:
         output.register_hook(partial(count, name))
@@ -104,11 +109,20 @@ def _through_layer(
     for name, module in layer.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(partial(watch, name))
-    parts = []
-    for part, by_output in zip(batches_of(hidden), batches_of(gradient), strict=True):
+
+    def back(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        part, by_output = pair
+        squares.clear()
         x = part.clone().requires_grad_()
         with torch.enable_grad():
             layer(x, table).backward(by_output)
         assert x.grad is not None
-        parts.append(x.grad)
-    return torch.cat(parts), dict(squares)
+        return x.grad, dict(squares)
+
+    pairs = list(zip(batches_of(hidden), batches_of(gradient), strict=True))
+    parts, total = [], dict[str, Tensor]()
+    for part, found in each_on_its_rank(back, pairs):
+        parts.append(part)
+        for name, square in found.items():
+            total[name] = total[name] + square if name in total else square
+    return torch.cat(parts), total

@@ -6,24 +6,33 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from qwen_quant.quantize.ranks import each_on_its_rank
+
 
 class Inputs:
     """What a stage's linears read, batch by batch: first for their Hessian, then, solved, for their outputs.
 
-    Kept in between, or computed a second time.
+    Kept in between, or computed a second time. Each batch belongs to one rank.
     """
 
     def __init__(self, compute: Callable[[Tensor], Tensor], batches: tuple[Tensor, ...], keep: bool) -> None:
         self._compute, self._batches, self._keep = compute, batches, keep
-        self._kept: list[Tensor] = []
+        self._kept: dict[int, Tensor] = {}
 
     def __iter__(self) -> Iterator[Tensor]:
-        if self._kept:
-            while self._kept:
-                yield self._kept.pop(0)
-            return
-        for part in self._batches:
-            x = self._compute(part)
-            if self._keep:
-                self._kept.append(x)
-            yield x
+        return each_on_its_rank(self._first, range(len(self._batches)))
+
+    def _first(self, number: int) -> Tensor:
+        x = self._compute(self._batches[number])
+        if self._keep:
+            self._kept[number] = x
+        return x
+
+    def outputs(self, function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        """What `function` makes of each batch; what was kept is let go."""
+
+        def output(number: int) -> Tensor:
+            kept = self._kept.pop(number, None)
+            return function(self._compute(self._batches[number]) if kept is None else kept)
+
+        return each_on_its_rank(output, range(len(self._batches)))

@@ -5,13 +5,18 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from qwen_quant.grids.base import QuantizedTensor
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen_quant.grids.base import QuantizedTensor, Scales
 from qwen_quant.quantize.gptq import Solution
 
 
 @dataclass(frozen=True)
 class LinearReport:
-    """How one linear layer came out; errors are relative output errors, `fallback` names a failed solve.
+    """How one linear layer came out; errors are relative output errors, `fallback` names a failed solve, `note` what
+    else is worth saying of it.
 
     `pooled` is the layer's share in the Hessian of an expert that saw few tokens (a cold one), else 0.
     """
@@ -24,10 +29,15 @@ class LinearReport:
     tokens: int
     fallback: str = ""
     pooled: float = 0.0
+    note: str = ""
 
     @classmethod
     def of(cls, name: str, solution: Solution, tokens: int, pooled: float = 0.0) -> LinearReport:
         """The report of a solved weight."""
+        inputs = solution.tensor.codes.shape[1]
+        notes = [f"damping had to grow to {solution.damping:g}"] if solution.more_damping else []
+        if tokens < inputs and not pooled:
+            notes.append(f"rank-deficient, {tokens} tokens for {inputs} inputs: more --num-samples help")
         return cls(
             name,
             solution.tensor.grid.name,
@@ -37,6 +47,7 @@ class LinearReport:
             tokens,
             solution.fallback,
             pooled,
+            "; ".join(notes),
         )
 
 
@@ -66,3 +77,27 @@ class QuantizedLayer:
     reports: list[LinearReport] = field(default_factory=list)
     seconds: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
+
+
+def to_numpy(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The same tensor with NumPy arrays of its own (stacked solves hand out views)."""
+
+    def own(x: Tensor) -> np.ndarray:
+        return x.cpu().numpy().copy()
+
+    index = None if tensor.group_index is None else own(tensor.group_index)
+    return QuantizedTensor(
+        tensor.grid, own(tensor.codes), Scales(own(tensor.scales.scale), own(tensor.scales.offset)), index
+    )
+
+
+def to_torch(tensor: QuantizedTensor, device: torch.device) -> QuantizedTensor:
+    """The inverse of `to_numpy`, on `device`."""
+
+    def move(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(device)
+
+    index = None if tensor.group_index is None else move(tensor.group_index)
+    return QuantizedTensor(
+        tensor.grid, move(tensor.codes), Scales(move(tensor.scales.scale), move(tensor.scales.offset)), index
+    )

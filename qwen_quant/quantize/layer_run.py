@@ -6,7 +6,7 @@ same activations share one Hessian and one solve. Experts are read, solved, run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import CalibrationError
-from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales
+from qwen_quant.grids.base import AffineGrid, QuantizedTensor
 from qwen_quant.model import DecoderLayer, load_expert, load_layer
 from qwen_quant.model.mlp import MLP, SparseMLP
 from qwen_quant.moe import PROJECTIONS
@@ -24,11 +24,13 @@ from qwen_quant.quantize.experts import ExpertInputs, groups_of_experts, shrunk
 from qwen_quant.quantize.gptq import Solution, solve, solve_stack
 from qwen_quant.quantize.heap import give_back_memory
 from qwen_quant.quantize.inputs import Inputs
-from qwen_quant.quantize.layer import LinearReport, QuantizedLayer, Stopwatch
+from qwen_quant.quantize.layer import LinearReport, QuantizedLayer, Stopwatch, to_numpy, to_torch
+from qwen_quant.quantize.ranks import each_on_its_rank, own_part
 from qwen_quant.quantize.recipe import GridChoice, Recipe
 from qwen_quant.spec import TensorInfo
 
 TOKENS_AT_ONCE = 1024  # calibration tokens per forward pass: bounds activations beside the hidden states
+Solved = tuple[QuantizedTensor, LinearReport]
 
 
 def batches_of(hidden: Tensor) -> tuple[Tensor, ...]:
@@ -87,21 +89,18 @@ class LayerRun:
 
         contexts = Inputs(lambda part: self._context(part, table), batches, self.keep_activations)
         self._quantize((names.output,), self._moments((names.output,), contexts))
-        for part, context in zip(batches, contexts, strict=True):
-            part += layer.attention_output(context)
+        _add(batches, contexts.outputs(layer.attention_output))
         self.watch.lap("calibrate")
 
         if isinstance(layer.mlp, SparseMLP):
-            outputs = self._through_experts(layer.mlp, batches, self._solve_experts)
+            outputs = self._through_experts(layer.mlp, batches, self._solved_groups)
             if layer.mlp.moe.shared_expert_intermediate_size is not None:
                 shared = tuple(f"mlp.shared_expert.{name}" for name in PROJECTIONS)
                 self._solve_mlp(layer.mlp.shared_expert, shared, batches, keep=False)
             self._finish_sparse(layer.mlp, batches, outputs)
         else:
             gated = self._solve_mlp(layer.mlp, names.mlp, batches, self.keep_activations)
-            down = self._linear(names.mlp[-1])
-            for part, x in zip(batches, gated, strict=True):
-                part += down(x)
+            _add(batches, gated.outputs(self._linear(names.mlp[-1])))
         if not torch.isfinite(hidden.sum()):
             raise CalibrationError(f"{self.prefix[:-1]}: outputs are not finite; the checkpoint is broken")
         self.watch.lap("calibrate")
@@ -121,58 +120,91 @@ class LayerRun:
         self,
         block: SparseMLP,
         batches: tuple[Tensor, ...],
-        prepare: Callable[[ExpertInputs, range], None],
-    ) -> list[Tensor]:
-        """What the experts make of `batches`: a few at a time are read, made ready by `prepare`, run and forgotten."""
+        ready: Callable[[ExpertInputs, list[range]], Iterator[range]],
+    ) -> dict[int, Tensor]:
+        """What the experts make of those `batches` that belong to this rank, by number.
+
+        A few experts at a time, as `ready` brings them into memory, are run and forgotten.
+        """
         inputs = ExpertInputs(block, f"{self.prefix}mlp.", batches, self.layer.post_attention_layernorm)
-        outputs = [torch.zeros_like(part) for part in batches]
-        for experts in groups_of_experts(block.moe, self.spec.hidden_size):
-            self.watch.lap("calibrate")
-            for expert in experts:
-                load_expert(self.layer, self.checkpoint, self.index, expert, self.device)
-            self.watch.lap("read")
-            prepare(inputs, experts)
+        outputs = {number: torch.zeros_like(batches[number]) for number in own_part(range(len(batches)))}
+        for experts in ready(inputs, list(groups_of_experts(block.moe, self.spec.hidden_size))):
             inputs.add_outputs(experts, outputs)
             for expert in experts:
                 block.experts[expert].to("meta")
             give_back_memory()
         return outputs
 
-    def _finish_sparse(self, block: SparseMLP, batches: tuple[Tensor, ...], outputs: list[Tensor]) -> None:
-        """Add the experts' `outputs` and the shared expert's to `batches`."""
-        for part, out in zip(batches, outputs, strict=True):
-            block.add_shared(out.flatten(0, -2), self.layer.mlp_input(part).flatten(0, -2))
-            part += out
+    def _read(self, experts: range) -> None:
+        self.watch.lap("calibrate")
+        for expert in experts:
+            load_expert(self.layer, self.checkpoint, self.index, expert, self.device)
+        self.watch.lap("read")
 
-    def _solve_experts(self, inputs: ExpertInputs, experts: range) -> None:
+    def _finish_sparse(
+        self, block: SparseMLP, batches: tuple[Tensor, ...], outputs: Mapping[int, Tensor]
+    ) -> None:
+        """Add the experts' `outputs` and the shared expert's to `batches`."""
+
+        def finished(number: int) -> Tensor:
+            out = outputs[number]
+            block.add_shared(out.flatten(0, -2), self.layer.mlp_input(batches[number]).flatten(0, -2))
+            return out
+
+        _add(batches, each_on_its_rank(finished, range(len(batches))))
+
+    def _solved_groups(self, inputs: ExpertInputs, groups: list[range]) -> Iterator[range]:
+        """Experts read and quantized; each group by one rank."""
+
+        def solved(experts: range) -> list[Any]:
+            self._read(experts)
+            return self._solve_experts(inputs, experts)
+
+        for experts, found in zip(groups, each_on_its_rank(solved, groups), strict=True):
+            elsewhere = self._linear(f"mlp.experts.{experts[0]}.{PROJECTIONS[0]}").weight.is_meta
+            if elsewhere:
+                self._read(experts)
+            self._take(found, elsewhere)
+            yield experts
+
+    def _take(self, found: list[Any], elsewhere: bool) -> None:
+        """Keep what was solved, on this rank or `elsewhere`."""
+        for tensor, report in found:
+            if elsewhere:
+                self._put(report.name, tensor)
+            self.result.tensors[report.name] = tensor
+            self.result.reports.append(report)
+
+    def _solve_experts(self, inputs: ExpertInputs, experts: range) -> list[Any]:
         """Quantize some experts, their gate and up before their down."""
-        found = inputs.input_moments(experts)
-        self._quantize_experts(experts, PROJECTIONS[:2], found, lambda expert: inputs.pooled)
-        found = inputs.gated_moments(experts)
-        self._quantize_experts(experts, PROJECTIONS[2:], found, inputs.pooled_gated)
+        moments = inputs.input_moments(experts)
+        found = self._quantize_experts(experts, PROJECTIONS[:2], moments, lambda expert: inputs.pooled)
+        moments = inputs.gated_moments(experts)
+        return found + self._quantize_experts(experts, PROJECTIONS[2:], moments, inputs.pooled_gated)
 
     def replay(self, kept: QuantizedLayer, hidden: Tensor, table: tuple[Tensor, Tensor]) -> None:
         """Carry `hidden` through the layer with weights quantized before, by the very steps of `solve_all`."""
         layer, batches = self.layer, batches_of(hidden)
 
-        def restore(expert: int) -> None:
+        def restore(experts: Sequence[int]) -> None:
             for name, tensor in kept.tensors.items():
-                if self.infos[name].expert == expert:
-                    module = self._linear(name.removeprefix(self.prefix).removesuffix(".weight"))
-                    module.weight.data = _to_torch(tensor, self.device).decode()
+                if self.infos[name].expert in experts:
+                    self._put(name, tensor)
 
-        def restore_group(inputs: ExpertInputs, experts: range) -> None:
-            for expert in experts:
-                restore(expert)
+        def restored_groups(inputs: ExpertInputs, groups: list[range]) -> Iterator[range]:
+            for experts in groups:
+                self._read(experts)
+                restore(experts)
+                yield experts
 
-        restore(-1)
-        for part in batches:
-            part += layer.attention_output(self._context(part, table))
+        restore([-1])
+        contexts = Inputs(lambda part: self._context(part, table), batches, keep=False)
+        _add(batches, contexts.outputs(layer.attention_output))
         if isinstance(layer.mlp, SparseMLP):
-            self._finish_sparse(layer.mlp, batches, self._through_experts(layer.mlp, batches, restore_group))
+            outputs = self._through_experts(layer.mlp, batches, restored_groups)
+            self._finish_sparse(layer.mlp, batches, outputs)
             return
-        for part in batches:
-            part += layer.mlp(layer.mlp_input(part))
+        _add(batches, Inputs(layer.mlp_input, batches, keep=False).outputs(layer.mlp))
 
     def _context(self, part: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         return self.layer.attend(self.layer.attention_input(part), table)
@@ -184,7 +216,8 @@ class LayerRun:
 
     def _moments(self, stage: tuple[str, ...], inputs: Iterable[Tensor]) -> Calibration:
         """The second moments of what the stage's linears read."""
-        moments = Calibration(self._linear(stage[0]).in_features, self.prefix + stage[0], self.device)
+        where = self.prefix + stage[0]
+        moments = Calibration(self._linear(stage[0]).in_features, where, self.device, shared=True)
         for x in inputs:
             moments.add(x)
         return moments
@@ -203,8 +236,8 @@ class LayerRun:
             damp_percent=self.recipe.damp_percent,
             desc_act=self.recipe.desc_act,
         )
-        for name, solution in zip(grids, solutions, strict=True):
-            self._keep(name, solution, moments.n_tokens)
+        found = [self._solved(*pair, moments.n_tokens) for pair in zip(grids, solutions, strict=True)]
+        self._take(found, elsewhere=False)
         give_back_memory()
         self.watch.lap("solve")
 
@@ -219,13 +252,13 @@ class LayerRun:
         projections: tuple[str, ...],
         moments: list[Calibration],
         pooled: Callable[[int], Tensor],
-    ) -> None:
+    ) -> list[Any]:
         """Solve the same projections of several experts as one stack."""
         self.watch.lap("calibrate")
         # An expert's tensors have the same grids as every other's: a grid is chosen for a shape and a name.
         grids = self._grids_of(tuple(f"mlp.experts.{experts[0]}.{p}" for p in projections))
         if not grids:
-            return
+            return []
         size = self._linear(f"mlp.experts.{experts[0]}.{projections[0]}").in_features
         hessian = torch.empty(len(experts), size, size, device=self.device)  # [E, K, K]
         shares = []
@@ -244,37 +277,26 @@ class LayerRun:
             damp_percent=self.recipe.damp_percent,
             desc_act=self.recipe.desc_act,
         )
-        for e, own, share, solutions in zip(experts, moments, shares, solved, strict=True):
-            for projection, solution in zip(chosen, solutions, strict=True):
-                self._keep(f"mlp.experts.{e}.{projection}", solution, own.n_tokens, share)
+        found = [
+            self._solved(f"mlp.experts.{e}.{projection}", solution, own.n_tokens, share)
+            for e, own, share, solutions in zip(experts, moments, shares, solved, strict=True)
+            for projection, solution in zip(chosen, solutions, strict=True)
+        ]
         self.watch.lap("solve")
+        return found
 
-    def _keep(self, name: str, solution: Solution, tokens: int, pooled: float = 0.0) -> None:
-        full = f"{self.prefix}{name}.weight"
+    def _solved(self, name: str, solution: Solution, tokens: int, pooled: float = 0.0) -> Solved:
+        """A solution in place of the weight it was made from."""
         self._linear(name).weight.data = solution.tensor.decode()
-        self.result.tensors[full] = _to_numpy(solution.tensor)
-        self.result.reports.append(LinearReport.of(full, solution, tokens, pooled))
+        report = LinearReport.of(f"{self.prefix}{name}.weight", solution, tokens, pooled)
+        return to_numpy(solution.tensor), report
+
+    def _put(self, name: str, tensor: QuantizedTensor) -> None:
+        """Replace weight `name` by what was quantized before or elsewhere."""
+        module = self._linear(name.removeprefix(self.prefix).removesuffix(".weight"))
+        module.weight.data = to_torch(tensor, self.device).decode()
 
 
-def _to_numpy(tensor: QuantizedTensor) -> QuantizedTensor:
-    """The same tensor with NumPy arrays of its own (stacked solves hand out views)."""
-
-    def own(x: Tensor) -> np.ndarray:
-        return x.cpu().numpy().copy()
-
-    index = None if tensor.group_index is None else own(tensor.group_index)
-    return QuantizedTensor(
-        tensor.grid, own(tensor.codes), Scales(own(tensor.scales.scale), own(tensor.scales.offset)), index
-    )
-
-
-def _to_torch(tensor: QuantizedTensor, device: torch.device) -> QuantizedTensor:
-    """The inverse of `_to_numpy`, on `device`."""
-
-    def move(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(x).to(device)
-
-    index = None if tensor.group_index is None else move(tensor.group_index)
-    return QuantizedTensor(
-        tensor.grid, move(tensor.codes), Scales(move(tensor.scales.scale), move(tensor.scales.offset)), index
-    )
+def _add(batches: tuple[Tensor, ...], outputs: Iterable[Tensor]) -> None:
+    for part, output in zip(batches, outputs, strict=True):
+        part += output

@@ -19,6 +19,7 @@ from qwen_quant.model.transformer import RMSNorm
 from qwen_quant.quantize.calibration import Calibration
 from qwen_quant.quantize.gptq import Input, Solution, solve_input
 from qwen_quant.quantize.layer import LinearReport, QuantizedLayer, Stopwatch
+from qwen_quant.quantize.ranks import each_on_its_rank
 from qwen_quant.quantize.recipe import GridChoice, Recipe
 from qwen_quant.spec import TensorInfo
 
@@ -60,7 +61,7 @@ def final_moments(checkpoint: Checkpoint, batches: tuple[Tensor, ...]) -> Calibr
     spec, name = checkpoint.spec, f"{checkpoint.spec.names.norm}.weight"
     norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps).to(batches[0].device).requires_grad_(False)
     norm.weight.copy_(torch.from_numpy(checkpoint.read(name)))
-    moments = Calibration(spec.hidden_size, name, batches[0].device)
+    moments = Calibration(spec.hidden_size, name, batches[0].device, shared=True)
     for part in batches:
         moments.add(norm(part))
     return moments
@@ -85,10 +86,13 @@ def _solve_head(
     if checkpoint.spec.tie_word_embeddings:
         hessian = tied_hessian(hessian)
     shared = Input.of(hessian[None], recipe.damp_percent)
-    solutions: list[Solution] = []
-    for rows in checkpoint.source.chunks(info.name):
-        weight = torch.from_numpy(rows).to(hessian.device)[None]
-        solutions.append(solve_input([weight], shared, [grid])[0][0])
+
+    def solved(rows: slice) -> Solution:
+        weight = torch.from_numpy(checkpoint.source.read(info.name, rows)).to(hessian.device)
+        [[solution]] = solve_input([weight[None]], shared, [grid])
+        return solution
+
+    solutions = list(each_on_its_rank(solved, checkpoint.source.pieces(info.name)))
     whole = replace(
         solutions[0],
         tensor=_joined([solution.tensor for solution in solutions]),
@@ -101,11 +105,12 @@ def _solve_head(
 
 
 def _search_rows(checkpoint: Checkpoint, info: TensorInfo, grid: AffineGrid, result: QuantizedLayer) -> None:
-    parts = [
-        grid.searched_rounding(rows, np.ones(info.shape[1], dtype=np.float32))
-        for rows in checkpoint.source.chunks(info.name)
-    ]
-    result.tensors[info.name] = _joined(parts)
+    def searched(rows: slice) -> QuantizedTensor:
+        weight = checkpoint.source.read(info.name, rows)
+        return grid.searched_rounding(weight, np.ones(info.shape[1], dtype=np.float32))
+
+    parts = each_on_its_rank(searched, checkpoint.source.pieces(info.name))
+    result.tensors[info.name] = _joined(list(parts))
 
 
 def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:

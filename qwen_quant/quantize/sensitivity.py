@@ -6,7 +6,9 @@ weights (gradients.py). Losses of tensors add up, as long as they are small.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from qwen_quant.quantize.gptq import Input, solve_input
 from qwen_quant.quantize.gradients import Gradients, output_gradients
 from qwen_quant.quantize.layer_run import LayerRun, batches_of
 from qwen_quant.quantize.outer import final_moments, tied_hessian
+from qwen_quant.quantize.ranks import each_on_its_rank, joined
 from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.quantize.stream import embedded, pick_device
 from qwen_quant.spec import TensorInfo
@@ -36,6 +39,25 @@ HESSIAN_TOKENS = 16384
 
 def measure_losses(checkpoint: Checkpoint, menu: Menu, windows: np.ndarray, recipe: Recipe) -> Losses:
     """The loss of every matrix for which `menu` has grids, calibrated on some of windows [samples, seq_len]."""
+    with joined(
+        _follow,
+        checkpoint.folder,
+        {info.name: menu(info) for info in checkpoint.spec.tensors()},
+        windows,
+        recipe,
+    ):
+        return _measured(checkpoint, menu, windows, recipe)
+
+
+def _follow(
+    folder: Path, menu: Mapping[str, Sequence[AffineGrid]], windows: np.ndarray, recipe: Recipe
+) -> None:
+    """The part of a rank that keeps nothing."""
+    _measured(Checkpoint(folder), lambda info: menu.get(info.name, ()), windows, recipe)
+
+
+def _measured(checkpoint: Checkpoint, menu: Menu, windows: np.ndarray, recipe: Recipe) -> Losses:
+    """`measure_losses` as each rank walks through it."""
     spec, device = checkpoint.spec, pick_device(recipe.device)
 
     def first(tokens: int) -> Tensor:
@@ -74,8 +96,8 @@ class _MeasuringRun(LayerRun):
 
     def _quantize(self, stage: tuple[str, ...], moments: Calibration) -> None:
         shared = Input.of(moments.hessian[None], self.recipe.damp_percent)
-        for name in stage:
-            self._measure(name, shared)
+        for found in each_on_its_rank(lambda name: self._measure(name, shared), stage):
+            self.losses |= found
 
     def _quantize_experts(
         self,
@@ -83,20 +105,25 @@ class _MeasuringRun(LayerRun):
         projections: tuple[str, ...],
         moments: list[Calibration],
         pooled: Callable[[int], Tensor],
-    ) -> None:
+    ) -> list[Any]:
+        found = []
         for expert, own in zip(experts, moments, strict=True):
             hessian, _ = shrunk(own, expert, pooled)
             shared = Input.of(hessian[None], self.recipe.damp_percent)
-            for projection in projections:
-                self._measure(f"mlp.experts.{expert}.{projection}", shared)
+            found += [self._measure(f"mlp.experts.{expert}.{p}", shared) for p in projections]
+        return found
 
-    def _measure(self, name: str, shared: Input) -> None:
+    def _take(self, found: list[Any], elsewhere: bool) -> None:
+        for losses in found:
+            self.losses |= losses
+
+    def _measure(self, name: str, shared: Input) -> Losses:
         full = f"{self.prefix}{name}.weight"
         weights = self.gradients.rows.get(full)  # None for an expert that no token went to
         weight = self._linear(name).weight.data
         if weights is None:
             weights = torch.zeros(len(weight))
-        self.losses[full] = _losses(weight, weights, shared, self.menu(self.infos[full]))
+        return {full: _losses(weight, weights, shared, self.menu(self.infos[full]))}
 
 
 def _losses(weight: Tensor, weights: Tensor, shared: Input, grids: Sequence[AffineGrid]) -> dict[str, float]:

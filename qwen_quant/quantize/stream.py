@@ -6,7 +6,8 @@ Of a sparse layer it holds a few experts at a time. `plan.py` counts the bytes.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,18 +15,21 @@ from torch import Tensor
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import CalibrationError, CheckpointError, UsageError
+from qwen_quant.grids.base import AffineGrid
 from qwen_quant.model import new_rotary
 from qwen_quant.progress import progress
 from qwen_quant.quantize.calibration import fast_matmul
 from qwen_quant.quantize.layer import QuantizedLayer
 from qwen_quant.quantize.layer_run import LayerRun, batches_of, recipe_record
 from qwen_quant.quantize.outer import OUTER, outer_grids, solve_outer
+from qwen_quant.quantize.ranks import device_here, joined, on_one_rank
 from qwen_quant.quantize.recipe import GridChoice, Recipe
-from qwen_quant.quantize.resume import LayerStore, fingerprint
+from qwen_quant.quantize.resume import Fingerprint, LayerStore, fingerprint
 
 
 def pick_device(device: str) -> torch.device:
     """The torch device of `--device`. Raises UsageError when it is not there."""
+    device = device_here(device)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -72,9 +76,34 @@ def gptq_layers(
     windows.
     Raises CalibrationError when `store` belongs to another run, or when activations are not finite.
     """
+    require_full_precision(checkpoint)
+    chosen = {info.name: grid for info in checkpoint.spec.tensors() if (grid := grids(info)) is not None}
+    with joined(_follow, checkpoint.folder, chosen, windows, recipe, keep_activations):
+        yield from _layers(checkpoint, grids, windows, recipe, store, keep_activations)
+
+
+def _follow(
+    folder: Path, grids: Mapping[str, AffineGrid], windows: np.ndarray, recipe: Recipe, keep_activations: bool
+) -> None:
+    """The part of a rank that writes nothing."""
+    layers = _layers(
+        Checkpoint(folder), lambda info: grids.get(info.name), windows, recipe, None, keep_activations
+    )
+    for layer in layers:
+        layer.tensors.clear()
+
+
+def _layers(
+    checkpoint: Checkpoint,
+    grids: GridChoice,
+    windows: np.ndarray,
+    recipe: Recipe,
+    store: LayerStore | None,
+    keep_activations: bool,
+) -> Iterator[QuantizedLayer]:
+    """`gptq_layers` as each rank walks through them; `store` is known to the first one only."""
     spec = checkpoint.spec
     device = pick_device(recipe.device)
-    require_full_precision(checkpoint)
     hidden = embedded(checkpoint, windows).to(device)  # [samples, seq, hidden]
     table = new_rotary(spec).to(device)(0, windows.shape[1])
 
@@ -101,8 +130,15 @@ def _stored_or_solved(
     run: LayerRun, store: LayerStore | None, hidden: Tensor, table: tuple[Tensor, Tensor]
 ) -> QuantizedLayer:
     """The layer from `store` or solved now (and stored); `hidden` has passed through it afterwards."""
-    marks = {} if store is None else fingerprint(hidden, run.weights(), run.recipe_record())
-    kept = None if store is None else store.load(run.result.layer, run.chosen_grids(), marks)
+    marks: Fingerprint = {}
+
+    def load() -> QuantizedLayer | None:
+        if store is None:
+            return None
+        marks.update(fingerprint(hidden, run.weights(), run.recipe_record()))
+        return store.load(run.result.layer, run.chosen_grids(), marks)
+
+    kept = on_one_rank(load)
     if kept is not None:
         run.replay(kept, hidden, table)
         return kept
@@ -120,14 +156,19 @@ def _stored_or_solved_outer(
 ) -> QuantizedLayer:
     """The same for what lies outside the layers; `hidden` came out of the last one."""
     chosen = outer_grids(checkpoint, grids)
-    marks = {}
-    if store is not None:
+    marks: Fingerprint = {}
+
+    def load() -> QuantizedLayer | None:
+        if store is None:
+            return None
         names = (*chosen, f"{checkpoint.spec.names.norm}.weight")
         weights = ((name, part) for name in names for part in checkpoint.source.raw_chunks(name))
-        marks = fingerprint(hidden, weights, recipe_record(recipe, chosen))
-        kept = store.load(OUTER, chosen, marks)
-        if kept is not None:
-            return kept
+        marks.update(fingerprint(hidden, weights, recipe_record(recipe, chosen)))
+        return store.load(OUTER, chosen, marks)
+
+    kept = on_one_rank(load)
+    if kept is not None:
+        return kept
     result = solve_outer(checkpoint, grids, recipe, batches_of(hidden))
     if store is not None:
         store.save(result, marks)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +16,7 @@ from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.cli.planning import parse_ram
 from qwen_quant.exporters.gptq import stored_tensors
 from qwen_quant.grids import IntGrid
+from qwen_quant.quantize import speed
 from qwen_quant.quantize.plan import plan_run
 from qwen_quant.quantize.recipe import Recipe
 
@@ -76,3 +79,23 @@ def test_more_calibration_never_needs_less(samples: int, seq_len: int, more: int
         other = plan_run(checkpoint.spec, tensors, larger)
         assert other.peak >= plan.peak and other.work.matmul > plan.work.matmul
     assert plan_run(checkpoint.spec, tensors, recipe, keep_activations=False).peak <= plan.peak
+
+
+def test_other_programs_do_not_change_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting is not work: a machine whose cores are taken away for a while would seem slower by the clock."""
+
+    def waiting(call: Callable) -> Callable:
+        def called(*arguments: object, **options: object) -> object:
+            time.sleep(0.2)
+            return call(*arguments, **options)
+
+        return called
+
+    grids, cpu = {IntGrid(4, 32): 1e6}, torch.device("cpu")
+    threads = torch.get_num_threads()
+    quiet = speed.measure_speed(grids, cpu)
+    for name in ("factorise", "solve"):
+        monkeypatch.setattr(speed, name, waiting(getattr(speed, name)))
+    loaded = speed.measure_speed(grids, cpu)
+    assert torch.get_num_threads() == threads
+    assert loaded.factor > quiet.factor / 3 and loaded.solved > quiet.solved / 3

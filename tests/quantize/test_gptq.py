@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from qwen_quant.errors import CalibrationError
 from qwen_quant.grids import Q4_0, Q4_1, Q8_0, IntGrid
 from qwen_quant.grids.base import AffineGrid
 from qwen_quant.grids.iq4 import IQ4_NL, IQ4_XS
 from qwen_quant.grids.k_quants import Q3_K, Q4_K, Q5_K, Q6_K
-from qwen_quant.quantize import compensate, gptq
+from qwen_quant.quantize import compensate, descend, gptq
 from qwen_quant.quantize.factor import factorise, output_error
 from qwen_quant.quantize.gptq import solve, solve_stack
 
@@ -67,7 +68,8 @@ def test_the_compiled_loop_rounds_as_torch_does(grid: AffineGrid, monkeypatch: p
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: g.name)
-def test_equals_the_textbook(grid: AffineGrid) -> None:
+def test_equals_the_textbook(grid: AffineGrid, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descend, "SWEEPS", 0)
     w, hessian = problem()
     [solution] = solve([w], hessian, grid, damp_percent=0.01)
     expected = textbook(w, hessian, grid, 0.01)
@@ -80,7 +82,7 @@ def test_equals_the_textbook(grid: AffineGrid) -> None:
 def test_factor_is_the_cholesky_factor_of_the_damped_hessian() -> None:
     _, hessian = problem()
     factor = factorise(hessian[None], 0.01)
-    assert factor.failed == [False] and factor.dampings == [0.01]
+    assert factor.failed == [""] and factor.dampings == [0.01]
     lower = factor.spread[0].double() * factor.pivots[0]
     assert torch.equal(lower, lower.tril()) and torch.all(factor.spread[0].diagonal() == 1)
     damped = hessian.double() + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
@@ -185,6 +187,31 @@ def test_rank_deficient_hessian_still_solves(rank: int) -> None:
     [solution] = solve([w], x.T @ x, IntGrid(4, 32))
     assert torch.isfinite(solution.tensor.decode()).all()
     assert solution.error <= solution.rtn_error + 1e-6
+    # Few inputs need no more than the usual damping, none at all is another matter.
+    assert (solution.damping, solution.more_damping) == (0.01, False) or rank == 0
+    assert ("inputs are all zero" in solution.fallback) == (rank == 0)
+
+
+@pytest.mark.parametrize("damping", [0.1, 1.0, 10.0])
+def test_damping_climbs_as_far_as_it_must(damping: float) -> None:
+    w, hessian = problem()
+    least = torch.linalg.eigvalsh(hessian)[0]
+    # Its least eigenvalue becomes what half of `damping` makes up for.
+    shift = least + 0.5 * damping * (hessian.diagonal().mean() - least) / (1 + 0.5 * damping)
+    indefinite = hessian - shift * torch.eye(len(hessian))
+    [solution] = solve([w], indefinite, IntGrid(4, 32))
+    assert solution.damping == pytest.approx(damping)
+    assert solution.more_damping and not solution.fallback
+    difference = (w - solution.tensor.decode()).double()
+    expected = ((difference @ indefinite.double()) * difference).sum(1).clamp(min=0)
+    torch.testing.assert_close(solution.cost, expected, rtol=1e-2, atol=1e-4)
+
+
+def test_a_hessian_that_is_not_finite_is_refused() -> None:
+    w, hessian = problem()
+    hessian[3, 3] = torch.nan
+    with pytest.raises(CalibrationError, match="not finite"):
+        solve([w], hessian, IntGrid(4, 32))
 
 
 def test_hopeless_hessian_falls_back_and_says_so() -> None:

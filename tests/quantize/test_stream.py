@@ -84,6 +84,31 @@ def test_non_finite_activations_name_the_layer(make_checkpoint: Callable[..., Pa
         list(gptq_layers(checkpoint, linear_grid(Q4_0()), windows(), RECIPE))
 
 
+def test_activations_too_large_to_be_squared_name_the_layer(make_checkpoint: Callable[..., Path]) -> None:
+    checkpoint = Checkpoint(make_checkpoint())
+    read = checkpoint.source.read
+
+    def large(name: str) -> np.ndarray:
+        values = read(name)
+        return values * 1e20 if "layers.1.input_layernorm" in name else values
+
+    checkpoint.source.read = large  # type: ignore[method-assign]
+    with pytest.raises(CalibrationError, match=r"model\.layers\.1\.self_attn.*reach \d\.\de\+\d\d"):
+        list(gptq_layers(checkpoint, linear_grid(Q4_0()), windows(), RECIPE))
+
+
+def test_fewer_tokens_than_inputs_are_noted(make_checkpoint: Callable[..., Path]) -> None:
+    checkpoint = Checkpoint(make_checkpoint())
+    inputs = {info.name: info.shape[1] for info in checkpoint.spec.tensors() if info.role == "linear"}
+    tokens = windows(samples=1)  # 64: enough for the hidden size, too few for the intermediate size
+    [first, _] = gptq_layers(checkpoint, linear_grid(IntGrid(4, 32)), tokens, RECIPE)
+    assert {report.name for report in first.reports if report.note} == {
+        report.name for report in first.reports if inputs[report.name] > tokens.size
+    }
+    [down] = [report for report in first.reports if "down_proj" in report.name]
+    assert "rank-deficient, 64 tokens for 96 inputs" in down.note and not down.fallback
+
+
 def test_token_beyond_the_vocabulary(make_checkpoint: Callable[..., Path]) -> None:
     with pytest.raises(CalibrationError, match="vocab_size"):
         next(gptq_layers(Checkpoint(make_checkpoint()), linear_grid(Q4_0()), windows(vocab=400), RECIPE))
