@@ -13,12 +13,12 @@ import numpy as np
 # Each gets a checkpoint, a file of windows int32 [samples, seq_len], an output folder and the model's dtype.
 SCRIPTS = {
     "GPTQModel": """
-import sys, numpy as np
+import sys, numpy as np, torch
 from gptqmodel import GPTQModel, QuantizeConfig
 model, windows, output, dtype = sys.argv[1:]
 rows = np.load(windows).tolist()
 data = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in rows]
-loaded = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=128), dtype=dtype)
+loaded = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=128), dtype=getattr(torch, dtype))
 loaded.quantize(data, batch_size=1)
 loaded.save(output)
 """,

@@ -91,11 +91,15 @@ def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
     3-bit values straddle words (32 of them fill 3 words). R must be a multiple of 32.
     """
     rows, columns = values.shape
-    planes = np.unpackbits(values[:, None, :], axis=1, bitorder="little", count=bits)  # [R, bits, C]
-    stream = planes.reshape(rows * bits // 8, 8, columns)
-    packed = np.packbits(stream, axis=1, bitorder="little").reshape(-1, columns)  # [R * bits / 8, C]
-    words = packed.reshape(-1, 4, columns).transpose(0, 2, 1)
-    return np.ascontiguousarray(words).view("<i4").reshape(-1, columns)
+    slots = values.reshape(-1, 32, columns)  # 32 values fill `bits` words
+    words = np.zeros((rows // 32, bits, columns), dtype="<u4")
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        value = slots[:, i].astype("<u4")
+        words[:, word] |= value << np.uint32(shift)
+        if shift + bits > 32:
+            words[:, word + 1] |= value >> np.uint32(32 - shift)
+    return words.view("<i4").reshape(-1, columns)
 
 
 def unpack_bits(words: np.ndarray, bits: int) -> np.ndarray:

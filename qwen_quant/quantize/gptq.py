@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,13 +32,15 @@ from qwen_quant.quantize.ranks import each_on_its_rank, shares
 
 FLOATS_AT_ONCE = 1 << 24  # weights of the rows that are solved together: bounds the temporaries
 ROWS_AT_ONCE = 512  # of them on a CPU, so that there are pieces for all threads and ranks
+LARGE = 512  # rows: of weights with fewer all errors are measured, of others
+MEASURED = 8  # one row in so many
 FALLBACK = "importance-weighted rounding"
 
 
 @dataclass
 class Solution:
     """A solved weight W [N, K] and how far it is off: for each row diag(D H Dᵀ) of D = W - Q, of what plain rounding
-    would miss, and of W itself, float64 [N]."""
+    would miss, and of W itself, float64 [N]; all three are 0 for a row that was not measured."""
 
     tensor: QuantizedTensor
     cost: Tensor
@@ -129,8 +132,8 @@ class _Problem:
             return None
         return self.sequence.argsort(-1) // self.grid.columns_per_group(self.order.shape[1])
 
-    def solve(self, weights: Tensor) -> _Rows:
-        """Quantize rows [E, N, K]."""
+    def solve(self, weights: Tensor, every: int) -> _Rows:
+        """Quantize rows [E, N, K], and measure one in `every`."""
         w = select(weights.mT, self.sequence)  # [E, K, N]
         places = self.sequence.argsort(-1).gather(1, self.order)  # of the columns, in the solver's order
         groups = places // self.grid.columns_per_group(w.shape[1])
@@ -141,14 +144,14 @@ class _Problem:
             self.grid, w, select(codes, places.argsort(-1)), scales, self.hessian, self.factor.added
         )
         descent.run(self.factor.failed)
-        plain = Columns(self._fit(weights), self.order // self.grid.columns_per_group(w.shape[1]))
-        return _Rows(
-            codes=select(descent.codes, self.sequence.argsort(-1)).mT.contiguous(),
-            scales=descent.scales,
-            cost=output_error(select(descent.error, places), self.factor),
-            rtn_cost=output_error(rounding_error(ordered, self.grid, plain), self.factor),
-            size=output_error(ordered, self.factor),
-        )
+        codes = select(descent.codes, self.sequence.argsort(-1)).mT.contiguous()
+        error, some = select(descent.error[:, :, ::every], places), ordered[:, :, ::every].contiguous()
+        plain = Columns(self._fit(weights[:, ::every]), self.order // self.grid.columns_per_group(w.shape[1]))
+        differences = (error, rounding_error(some, self.grid, plain), some)
+        costs = torch.zeros(3, *weights.shape[:2], dtype=torch.float64, device=w.device)
+        for cost, difference in zip(costs, differences, strict=True):
+            cost[:, ::every] = output_error(difference, self.factor)
+        return _Rows(codes, descent.scales, *costs)
 
     def _fit(self, weights: Tensor, importance: Tensor | None = None) -> Scales:
         """Scales [E, N, G] for weights [E, N, K] and importance [E, K]."""
@@ -231,7 +234,8 @@ def _solve_together(problem: _Problem, weights: list[Tensor], on_each: OnEach) -
     The weights are put together along N, which changes nothing in the result (rows are independent) and saves passes.
     """
     w = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)  # [E, N, K]
-    found = _joined(on_each(problem.solve, w.split(_rows_at_once(w), dim=1)))
+    every = MEASURED if min(weight.shape[1] for weight in weights) >= LARGE else 1
+    found = _joined(on_each(partial(problem.solve, every=every), w.split(_rows_at_once(w), dim=1)))
     index, factor = problem.group_index(), problem.factor
     solutions: list[list[Solution]] = []
     start = 0
@@ -251,12 +255,12 @@ def _solve_together(problem: _Problem, weights: list[Tensor], on_each: OnEach) -
 
 
 def _rows_at_once(w: Tensor) -> int:
-    """Rows are independent: each thread takes some at a time."""
-    if w.device.type != "cpu":
-        return max(1, FLOATS_AT_ONCE // (w.shape[0] * w.shape[2]))
-    threads = torch.get_num_threads()
-    bound = FLOATS_AT_ONCE // (threads * w.shape[0] * w.shape[2])
-    return max(1, min(bound, ROWS_AT_ONCE, -(-w.shape[1] // threads)))
+    """Rows are independent: each thread takes some at a time, MEASURED or a multiple."""
+    threads, bound = 1, FLOATS_AT_ONCE // (w.shape[0] * w.shape[2])
+    if w.device.type == "cpu":
+        threads = torch.get_num_threads()
+        bound = min(bound // threads, ROWS_AT_ONCE)
+    return -(-max(1, min(bound, -(-w.shape[1] // threads))) // MEASURED) * MEASURED
 
 
 def _joined(parts: list[_Rows]) -> _Rows:

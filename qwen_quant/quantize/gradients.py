@@ -22,7 +22,7 @@ from qwen_quant.model import DecoderLayer, load_layer, new_rotary
 from qwen_quant.model.transformer import RMSNorm
 from qwen_quant.names import HEAD
 from qwen_quant.progress import progress
-from qwen_quant.quantize.layer_run import batches_of
+from qwen_quant.quantize.inputs import batches_of
 from qwen_quant.quantize.ranks import each_on_its_rank, on_one_rank
 
 POSITIONS = 128  # whose logits are computed at once

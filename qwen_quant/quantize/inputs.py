@@ -8,6 +8,14 @@ from torch import Tensor
 
 from qwen_quant.quantize.ranks import each_on_its_rank
 
+TOKENS_AT_ONCE = 1024  # calibration tokens per forward pass: bounds activations beside the hidden states
+ROUTED_AT_ONCE = 4096  # where each token goes to a few of many experts
+
+
+def batches_of(hidden: Tensor, tokens: int = TOKENS_AT_ONCE) -> tuple[Tensor, ...]:
+    """Views of `hidden` [samples, seq, hidden] for one forward pass each; writing to one writes to `hidden`."""
+    return hidden.split(max(1, tokens // hidden.shape[1]))
+
 
 class Inputs:
     """What a stage's linears read, batch by batch: first for their Hessian, then, solved, for their outputs.

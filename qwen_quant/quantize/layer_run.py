@@ -23,19 +23,13 @@ from qwen_quant.quantize.calibration import Calibration
 from qwen_quant.quantize.experts import ExpertInputs, groups_of_experts, shrunk
 from qwen_quant.quantize.gptq import Solution, solve, solve_stack
 from qwen_quant.quantize.heap import give_back_memory
-from qwen_quant.quantize.inputs import Inputs
+from qwen_quant.quantize.inputs import ROUTED_AT_ONCE, Inputs, batches_of
 from qwen_quant.quantize.layer import LinearReport, QuantizedLayer, Stopwatch, to_numpy, to_torch
 from qwen_quant.quantize.ranks import each_on_its_rank, own_part
 from qwen_quant.quantize.recipe import GridChoice, Recipe
 from qwen_quant.spec import TensorInfo
 
-TOKENS_AT_ONCE = 4096  # calibration tokens per forward pass: bounds activations beside the hidden states
 Solved = tuple[QuantizedTensor, LinearReport]
-
-
-def batches_of(hidden: Tensor) -> tuple[Tensor, ...]:
-    """Views of `hidden` [samples, seq, hidden] for one forward pass each; writing to one writes to `hidden`."""
-    return hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1]))
 
 
 def recipe_record(recipe: Recipe, grids: Mapping[str, AffineGrid]) -> dict[str, Any]:
@@ -93,11 +87,12 @@ class LayerRun:
         self.watch.lap("calibrate")
 
         if isinstance(layer.mlp, SparseMLP):
-            outputs = self._through_experts(layer.mlp, batches, self._solved_groups)
+            parts = batches_of(hidden, ROUTED_AT_ONCE)
+            outputs = self._through_experts(layer.mlp, parts, self._solved_groups)
             if layer.mlp.moe.shared_expert_intermediate_size is not None:
                 shared = tuple(f"mlp.shared_expert.{name}" for name in PROJECTIONS)
                 self._solve_mlp(layer.mlp.shared_expert, shared, batches, keep=False)
-            self._finish_sparse(layer.mlp, batches, outputs)
+            self._finish_sparse(layer.mlp, parts, outputs)
         else:
             gated = self._solve_mlp(layer.mlp, names.mlp, batches, self.keep_activations)
             _add(batches, gated.outputs(self._linear(names.mlp[-1])))
@@ -201,8 +196,8 @@ class LayerRun:
         contexts = Inputs(lambda part: self._context(part, table), batches, keep=False)
         _add(batches, contexts.outputs(layer.attention_output))
         if isinstance(layer.mlp, SparseMLP):
-            outputs = self._through_experts(layer.mlp, batches, restored_groups)
-            self._finish_sparse(layer.mlp, batches, outputs)
+            parts = batches_of(hidden, ROUTED_AT_ONCE)
+            self._finish_sparse(layer.mlp, parts, self._through_experts(layer.mlp, parts, restored_groups))
             return
         _add(batches, Inputs(layer.mlp_input, batches, keep=False).outputs(layer.mlp))
 
@@ -228,6 +223,7 @@ class LayerRun:
         grids = self._grids_of(stage)
         if not grids:
             return
+        give_back_memory()  # of the passes, whose tensors have other sizes than the solver's
         solutions = solve(
             [self._linear(name).weight.data for name in grids],
             moments.hessian,
@@ -237,6 +233,7 @@ class LayerRun:
         )
         found = [self._solved(*pair, moments.n_tokens) for pair in zip(grids, solutions, strict=True)]
         self._take(found, elsewhere=False)
+        give_back_memory()
         self.watch.lap("solve")
 
     def _grids_of(self, names: tuple[str, ...]) -> dict[str, AffineGrid]:

@@ -8,7 +8,7 @@ intermediate size; E problems of W [N, K] share a solve.
     MLP               gated activations T·F, unless they are computed again; activations of B tokens
     a shared input    its Hessian K²
     experts           their outputs T·H; weights and Hessians of those that are solved together
-    solver            max(E·N·K + 2·E·K², 2·E·N·K + 5·P + E·K²): the Hessian in the solver's order and its factor,
+    solver            max(E·N·K + 2·E·K², 2·E·N·K + 6·P + E·K²): the Hessian in the solver's order and its factor,
                       then compensation and errors of the P weights that are solved at once
     writing           packing of the largest tensor, or a piece of the embedding
 
@@ -25,9 +25,10 @@ import torch
 
 from qwen_quant.moe import MoESpec
 from qwen_quant.quantize.calibration import BLOCK
+from qwen_quant.quantize.descend import SWEEPS
 from qwen_quant.quantize.experts import COLD, groups_of_experts
-from qwen_quant.quantize.gptq import FLOATS_AT_ONCE
-from qwen_quant.quantize.layer_run import TOKENS_AT_ONCE
+from qwen_quant.quantize.gptq import FLOATS_AT_ONCE, LARGE, MEASURED, ROWS_AT_ONCE
+from qwen_quant.quantize.inputs import ROUTED_AT_ONCE, TOKENS_AT_ONCE
 from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.spec import ModelSpec
@@ -35,7 +36,7 @@ from qwen_quant.spec import ModelSpec
 FLOAT = 4
 CODE = 1.07  # bytes of a code and its share of the scales, as the quantizer holds them
 # Floats of the solver for each weight that is solved at once, and for each entry of a Hessian.
-COMPENSATION, FACTORISATION = 5, 2
+COMPENSATION, FACTORISATION = 6, 2
 PLAIN = 8  # floats for each weight while a tensor is rounded to nearest
 ATTENTION_FLOATS, MLP_FLOATS = 6, 4  # for each output of a token's projections, in a forward pass
 PIECE = 32 << 20  # stored bytes of a tensor that is copied in pieces
@@ -125,16 +126,16 @@ class CalibratedLayer:
     def tokens(self) -> int:
         return self.recipe.num_samples * self.recipe.seq_len
 
-    @property
-    def at_once(self) -> int:
-        return min(self.tokens, max(self.recipe.seq_len, TOKENS_AT_ONCE))
+    def at_once(self, limit: int = TOKENS_AT_ONCE) -> int:
+        """Tokens of a forward pass."""
+        return min(self.tokens, max(self.recipe.seq_len, limit))
 
     @property
     def moe(self) -> MoESpec | None:
         return self.spec.moe if self.spec.is_sparse(self.layer) else None
 
     def _stages(self) -> Iterator[Stage]:
-        spec, tokens, at_once = self.spec, self.tokens, self.at_once
+        spec, tokens, at_once = self.spec, self.tokens, self.at_once()
         hidden_size, q, qkv = spec.hidden_size, spec.q_size, spec.q_size + 2 * spec.kv_size
         # An expert's name holds its number, a stack of experts in GGUF's does not; both have `.experts.`.
         resident = [t for t in self.tensors if ".experts." not in t.info.name]
@@ -164,7 +165,9 @@ class CalibratedLayer:
         yield Stage(f"solving {whose}gate and up", held + solve_bytes(1, 2 * ffn, hidden_size))
         held += CODE * 2 * ffn * hidden_size
         held += FLOAT * self.tokens * ffn if keep else 0
-        activations = self.at_once * (MLP_FLOATS * ffn + 3 * hidden_size)
+        # Where there are experts, the shared one's outputs are computed with theirs.
+        at_once = self.at_once(ROUTED_AT_ONCE if self.moe else TOKENS_AT_ONCE)
+        activations = at_once * (MLP_FLOATS * ffn + 3 * hidden_size)
         yield Stage(f"running {whose}gate and up", held + FLOAT * (activations + ffn * ffn))
         yield Stage(f"solving {whose}down", held + solve_bytes(1, hidden_size, ffn))
 
@@ -173,7 +176,7 @@ class CalibratedLayer:
         hidden_size, ffn = self.spec.hidden_size, moe.moe_intermediate_size
         together = len(next(groups_of_experts(moe, hidden_size)))
         held += FLOAT * hidden_size * hidden_size + FLOAT * together * 3 * ffn * hidden_size
-        activations = self.at_once * (MLP_FLOATS * ffn + 4 * hidden_size)
+        activations = self.at_once(ROUTED_AT_ONCE) * (MLP_FLOATS * ffn + 4 * hidden_size)
         for name, rows, columns in (("gate and up", 2 * ffn, hidden_size), ("down", hidden_size, ffn)):
             stack = FLOAT * together * rows * columns
             moments = FLOAT * together * columns * columns  # of each expert, beside the stack of them all
@@ -220,7 +223,10 @@ class CalibratedLayer:
 def solve_bytes(problems: int, rows: int, columns: int) -> float:
     """Bytes of a solve: its Hessians and the solver's own."""
     weights, hessians = problems * rows * columns, problems * columns * columns
-    parts = min(weights, FLOATS_AT_ONCE * min(problems, torch.get_num_threads()))
+    threads = torch.get_num_threads()
+    parts = min(
+        weights, FLOATS_AT_ONCE * min(problems, threads), ROWS_AT_ONCE * columns * max(problems, threads)
+    )
     own = max(weights + FACTORISATION * hessians, 2 * weights + COMPENSATION * parts + hessians)
     return FLOAT * (own + hessians)
 
@@ -230,11 +236,17 @@ def hessian_work(tokens: float, columns: int) -> float:
     return tokens * columns * (columns + min(columns, BLOCK))
 
 
+def solver_work(rows: int, columns: int) -> float:
+    """Operations of the solver's large products: spreading errors (N·K²), the pulls of each sweep (2·N·K²), and
+    measuring three errors of some rows (N·K² each)."""
+    measured = 3 / MEASURED if rows >= LARGE else 3
+    return (1 + 2 * SWEEPS + measured) * rows * columns**2
+
+
 def hessian_and_solve(problems: int, tokens: float, rows: int, columns: int) -> Work:
-    """A Hessian of `tokens`, its factorisation (K³/3), spreading errors and measuring two of them (N·K² each)."""
-    k2 = columns**2
+    """A Hessian of `tokens`, its factorisation (K³/3), and solving with it."""
     return Work(
-        matmul=problems * (hessian_work(tokens, columns) + 3 * rows * k2),
-        factor=problems * k2 * columns / 3,
+        matmul=problems * (hessian_work(tokens, columns) + solver_work(rows, columns)),
+        factor=problems * columns**3 / 3,
         solved=problems * rows * columns,
     )

@@ -22,7 +22,8 @@ from qwen_quant.quantize.calibration import Calibration, fast_matmul
 from qwen_quant.quantize.experts import shrunk
 from qwen_quant.quantize.gptq import Input, solve_input
 from qwen_quant.quantize.gradients import Gradients, output_gradients
-from qwen_quant.quantize.layer_run import LayerRun, batches_of
+from qwen_quant.quantize.inputs import batches_of
+from qwen_quant.quantize.layer_run import LayerRun
 from qwen_quant.quantize.outer import final_moments, tied_hessian
 from qwen_quant.quantize.ranks import each_on_its_rank, joined
 from qwen_quant.quantize.recipe import Recipe

@@ -22,7 +22,7 @@ from qwen_quant.grids.base import AffineGrid
 from qwen_quant.quantize.calibration import fast_matmul
 from qwen_quant.quantize.factor import factorise
 from qwen_quant.quantize.gptq import solve
-from qwen_quant.quantize.plan_layer import Work
+from qwen_quant.quantize.plan_layer import Work, solver_work
 
 ROWS, COLUMNS = 1024, 512  # of the weight that is solved to see how fast rounding is
 SIDE = 1024  # of the matrices that are multiplied and factorised
@@ -74,7 +74,7 @@ def _one_thread(grids: Mapping[AffineGrid, float], device: torch.device) -> Spee
     with fast_matmul(), torch.no_grad():
         matmul = 2 * SIDE**3 / _best(lambda: x @ x, device)
         factor = SIDE**3 / 3 / _best(lambda: factorise(hessian[None], 0.01), device)
-        rest = 3 * ROWS * COLUMNS**2 / matmul + COLUMNS**3 / 3 / factor
+        rest = solver_work(ROWS, COLUMNS) / matmul + COLUMNS**3 / 3 / factor
         solving = rounding = 0.0  # seconds for all weights of the plan
         for grid, count in grids.items():
             whole = _best(partial(solve, [weight], small, grid), device)

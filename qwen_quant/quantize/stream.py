@@ -19,8 +19,9 @@ from qwen_quant.grids.base import AffineGrid
 from qwen_quant.model import new_rotary
 from qwen_quant.progress import progress
 from qwen_quant.quantize.calibration import fast_matmul
+from qwen_quant.quantize.inputs import batches_of
 from qwen_quant.quantize.layer import QuantizedLayer
-from qwen_quant.quantize.layer_run import LayerRun, batches_of, recipe_record
+from qwen_quant.quantize.layer_run import LayerRun, recipe_record
 from qwen_quant.quantize.outer import OUTER, outer_grids, solve_outer
 from qwen_quant.quantize.ranks import device_here, joined, on_one_rank
 from qwen_quant.quantize.recipe import GridChoice, Recipe

@@ -230,3 +230,17 @@ def test_dead_columns_are_rounded_not_dropped() -> None:
     [solution] = solve([w], hessian, IntGrid(8, 128))
     # Other implementations set such columns to 0. Here the search may clip an extreme a little, no more.
     torch.testing.assert_close(solution.tensor.decode()[:, 5], w[:, 5], atol=0.03, rtol=0)
+
+
+def test_errors_of_a_large_weight_are_those_of_one_row_in_eight(monkeypatch: pytest.MonkeyPatch) -> None:
+    w, hessian = problem(n=gptq.LARGE + 40)
+    [some] = solve([w], hessian, IntGrid(4, 32))
+    monkeypatch.setattr(gptq, "LARGE", len(w) + 1)
+    [every] = solve([w], hessian, IntGrid(4, 32))
+    assert torch.equal(some.tensor.codes, every.tensor.codes)
+    measured = torch.arange(len(w)) % gptq.MEASURED == 0
+    for part, whole in ((some.cost, every.cost), (some.rtn_cost, every.rtn_cost), (some.size, every.size)):
+        torch.testing.assert_close(part[measured], whole[measured], rtol=1e-3, atol=1e-6)
+        assert not part[~measured].any()
+    assert some.error == pytest.approx(every.error, rel=0.1)
+    assert some.rtn_error == pytest.approx(every.rtn_error, rel=0.1)

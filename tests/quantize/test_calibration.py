@@ -1,0 +1,32 @@
+"""Hessians: the lower triangle in blocks of rows, whatever the pieces that inputs come in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen_quant.quantize import calibration
+from qwen_quant.quantize.calibration import Calibration
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    k=st.integers(1, 70),
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    block=st.sampled_from([16, 32, 256]),
+)
+def test_it_is_the_mean_of_the_outer_products(k: int, lengths: list[int], block: int) -> None:
+    generator = torch.Generator().manual_seed(k)
+    x = torch.randn(sum(lengths), k, generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "BLOCK", block)
+        moments = Calibration(k, "here")
+        for part in x.split(lengths):
+            moments.add(part)
+            mirrored = moments.hessian  # what is read in between changes nothing
+            torch.testing.assert_close(mirrored, mirrored.T)
+    assert moments.n_tokens == len(x)
+    expected = x.double().T @ x.double() / max(len(x), 1)
+    torch.testing.assert_close(moments.hessian.double(), expected, rtol=1e-4, atol=1e-5)
