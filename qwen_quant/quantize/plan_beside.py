@@ -23,7 +23,7 @@ from qwen_quant.spec import ModelSpec
 # Floats for each output of a token's projections that the backward pass of a layer keeps or makes.
 KEPT_ATTENTION, KEPT_MLP, KEPT_HIDDEN = 8, 8, 12
 HEAD = 1.5  # floats for each weight of the head while it is read
-LOADED = 2  # copies of its weights that onnxruntime holds: those of the file, and packed for its kernels
+LOADED = 3  # copies of its weights while onnxruntime loads them: of the file, in FP32 or as they lie, packed for its kernels
 
 
 def measuring(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) -> Stage:
@@ -91,7 +91,7 @@ def checking(
         stages.append(Stage("choosing the precision of products", need, remedy))
     if checked:
         layers = [[t for t in tensors if t.info.layer == layer] for layer in range(spec.num_hidden_layers)]
-        layer = max(_floats(mine) for mine in layers)
-        need = logits + max(layer, 4 * PIECE + logits, LOADED * stored + 2 * logits)
+        reference = max(_floats(mine) for mine in layers)
+        need = logits + max(reference, 4 * PIECE + logits, LOADED * stored + 2 * logits)
         stages.append(Stage("checking what was written", need, "give more, or leave it out with --no-verify"))
     return tuple(stages)
