@@ -79,10 +79,14 @@ def memory_after(
 ) -> tuple[Stage, ...]:
     """What running the written folder will need."""
     from qwen_quant.evaluate.selfcheck import WINDOW, WINDOWS
-    from qwen_quant.quantize.plan_beside import checking
+    from qwen_quant.quantize.plan_beside import LOADED, checking, choosing
 
-    chosen = form.accuracy_level == "auto" and form.opset is None and any(t.quantized for t in stored)
-    return checking(checkpoint.spec, stored, WINDOWS * WINDOW, options.verify, chosen)
+    stages = []
+    if form.accuracy_level == "auto" and form.opset is None and any(tensor.quantized for tensor in stored):
+        stages.append(choosing(checkpoint.spec, stored, MEASURED_TOKENS))
+    if options.verify:
+        stages.append(checking(checkpoint.spec, stored, WINDOWS * WINDOW, LOADED))
+    return tuple(stages)
 
 
 def write(

@@ -21,9 +21,11 @@ from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.spec import ModelSpec
 
 # Floats for each output of a token's projections that the backward pass of a layer keeps or makes.
-KEPT_ATTENTION, KEPT_MLP, KEPT_HIDDEN = 8, 8, 12
+KEPT_ATTENTION, KEPT_MLP, KEPT_HIDDEN = 5, 6, 8
 HEAD = 1.5  # floats for each weight of the head while it is read
-LOADED = 3  # copies of its weights while onnxruntime loads them: of the file, in FP32 or as they lie, packed for its kernels
+LOADED = (
+    3  # copies of its weights while onnxruntime loads them: as stored, in FP32 or as they lie, and packed
+)
 
 
 def measuring(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) -> Stage:
@@ -60,9 +62,7 @@ def _gradients(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) -> 
             moe = spec.moe
             ffn = moe.num_experts_per_tok * moe.moe_intermediate_size
             ffn += moe.shared_expert_intermediate_size or 0
-        # Scores count as kept: attention on a CPU is fused in some versions of torch and not in others.
-        scores = 2 * spec.num_attention_heads * recipe.seq_len
-        kept = at_once * (KEPT_ATTENTION * qkv + KEPT_MLP * ffn + KEPT_HIDDEN * spec.hidden_size + scores)
+        kept = at_once * (KEPT_ATTENTION * qkv + KEPT_MLP * ffn + KEPT_HIDDEN * spec.hidden_size)
         held = states + 3 * hidden + _floats(mine)
         yield Stage(f"gradients of layer {layer}", held + FLOAT * kept)
 
@@ -77,21 +77,22 @@ def _losses(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) -> Ite
     yield Stage("embedding and head", 2 * hidden + 4 * PIECE + FLOAT * 6 * spec.hidden_size**2)
 
 
-def checking(
-    spec: ModelSpec, tensors: list[StoredTensor], tokens: int, checked: bool, chosen: bool
-) -> tuple[Stage, ...]:
-    """What an ONNX folder needs once it is written: where its precision is `chosen`, and where it is `checked` on
-    `tokens` against the reference."""
-    stages = []
-    stored = sum(tensor.nbytes for tensor in tensors)
+def choosing(spec: ModelSpec, tensors: list[StoredTensor], tokens: int) -> Stage:
+    """Running both kinds of each product of an ONNX graph side by side, on windows of `tokens`."""
+    need = 2 * LOADED * _stored(tensors) + 2 * FLOAT * tokens * spec.vocab_size
+    remedy = "give more, or choose it yourself with --accuracy-level 0 or 4"
+    return Stage("choosing the precision of products", need, remedy)
+
+
+def checking(spec: ModelSpec, tensors: list[StoredTensor], tokens: int, copies: float) -> Stage:
+    """Running the reference model over `tokens`, layer by layer, and then what was written, of whose weights its
+    runtime holds so many `copies`."""
+    layers = [[t for t in tensors if t.info.layer == layer] for layer in range(spec.num_hidden_layers)]
     logits = FLOAT * tokens * spec.vocab_size
-    if chosen:
-        need = 2 * LOADED * stored + logits
-        remedy = "give more, or choose it yourself with --accuracy-level 0 or 4"
-        stages.append(Stage("choosing the precision of products", need, remedy))
-    if checked:
-        layers = [[t for t in tensors if t.info.layer == layer] for layer in range(spec.num_hidden_layers)]
-        reference = max(_floats(mine) for mine in layers)
-        need = logits + max(reference, 4 * PIECE + logits, LOADED * stored + 2 * logits)
-        stages.append(Stage("checking what was written", need, "give more, or leave it out with --no-verify"))
-    return tuple(stages)
+    reference = max(max(map(_floats, layers)), 4 * PIECE + logits)
+    need = logits + max(reference, copies * _stored(tensors) + 2 * logits)
+    return Stage("checking what was written", need, "give more, or leave it out with --no-verify")
+
+
+def _stored(tensors: list[StoredTensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
