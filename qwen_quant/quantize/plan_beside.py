@@ -23,9 +23,8 @@ from qwen_quant.spec import ModelSpec
 # Floats for each output of a token's projections that the backward pass of a layer keeps or makes.
 KEPT_ATTENTION, KEPT_MLP, KEPT_HIDDEN = 5, 6, 8
 HEAD = 1.5  # floats for each weight of the head while it is read
-LOADED = (
-    3  # copies of its weights while onnxruntime loads them: as stored, in FP32 or as they lie, and packed
-)
+# Copies of its weights while onnxruntime loads them: as stored, in FP32 or as they lie, and packed.
+LOADED = 3
 
 
 def measuring(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) -> Stage:
