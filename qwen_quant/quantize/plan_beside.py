@@ -41,6 +41,11 @@ def _floats(tensors: list[StoredTensor]) -> float:
     return FLOAT * (sum(tensor.weights for tensor in tensors) + largest(tensors))
 
 
+def _piece(tensors: list[StoredTensor]) -> float:
+    """Bytes of the piece in which embedding and head are read: as stored and in FP32."""
+    return FLOAT * 3 * min(PIECE // 2, largest([tensor for tensor in tensors if tensor.info.layer < 0]))
+
+
 def _windows(recipe: Recipe, tokens: int) -> int:
     return min(recipe.num_samples, max(1, tokens // recipe.seq_len))
 
@@ -73,7 +78,7 @@ def _losses(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) -> Ite
         mine = [tensor for tensor in tensors if tensor.info.layer == layer]
         yield CalibratedLayer(spec, layer, mine, few, True).plan().worst
     hidden = FLOAT * few.num_samples * few.seq_len * spec.hidden_size
-    yield Stage("embedding and head", 2 * hidden + 4 * PIECE + FLOAT * 6 * spec.hidden_size**2)
+    yield Stage("embedding and head", 2 * hidden + _piece(tensors) + FLOAT * 6 * spec.hidden_size**2)
 
 
 def choosing(spec: ModelSpec, tensors: list[StoredTensor], tokens: int) -> Stage:
@@ -88,7 +93,7 @@ def checking(spec: ModelSpec, tensors: list[StoredTensor], tokens: int, copies: 
     runtime holds so many `copies`."""
     layers = [[t for t in tensors if t.info.layer == layer] for layer in range(spec.num_hidden_layers)]
     logits = FLOAT * tokens * spec.vocab_size
-    reference = max(max(map(_floats, layers)), 4 * PIECE + logits)
+    reference = max(max(map(_floats, layers)), _piece(tensors) + logits)
     need = logits + max(reference, copies * _stored(tensors) + 2 * logits)
     return Stage("checking what was written", need, "give more, or leave it out with --no-verify")
 
