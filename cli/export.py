@@ -175,7 +175,7 @@ def run(options: ExportOptions) -> None:
     began = time.monotonic()
     max_ram = planning.parse_ram(options.max_ram)
     checkpoint = Checkpoint.open(options.model)
-    remarks = notes(checkpoint)
+    remarks = notes(checkpoint) + calibrating.unknown_tensors(checkpoint)
     if not options.json:
         calibrating.announce(remarks)
     types = TypeOptions.parse(
@@ -185,20 +185,22 @@ def run(options: ExportOptions) -> None:
         pure=options.pure,
         calibrated=not options.no_calibration,
     )
-    chosen = None
-    if budget.wanted(options):
-        chosen = budget.choose(checkpoint, options, types, calibrating.recipe_of(options))
-        file, types = chosen.plan, chosen.options
-    else:
-        file = plan_file(checkpoint, options.type, types)
+    to_spend = budget.prepare(checkpoint, options, types) if budget.wanted(options) else None
+    file = plan_file(checkpoint, options.type, types) if to_spend is None else to_spend[0].file
     solving = checkpoint.quantization is None and any(t.quantized for t in file.stored)
     recipe = calibrating.recipe_of(options) if solving else None
-    plan = planning.make_plan(checkpoint, file.stored, recipe, max_ram)
-    if options.dry_run:
-        planning.report(plan, options, gguf_grid, recipe, None if chosen is None else chosen.expected_kld)
-        return
-    kv_layout = calibrating.kv_layout(checkpoint, options)
-    with calibrating.layer_store(options.output, options.resume) as store:
+    measuring = budget.memory(to_spend[0], recipe) if to_spend is not None and recipe is not None else ()
+    plan = planning.make_plan(checkpoint, file.stored, recipe, max_ram, measuring)
+    chosen = None
+    with calibrating.layer_store(options.output, options.resume, options.dry_run) as store:
+        if to_spend is not None and recipe is not None:
+            chosen = budget.choose(*to_spend, recipe, store)
+            file, types = chosen.plan, chosen.options
+            plan = planning.make_plan(checkpoint, file.stored, recipe, max_ram, measuring, plan.base)
+        if options.dry_run:
+            planning.report(plan, options, gguf_grid, recipe, None if chosen is None else chosen.expected_kld)
+            return
+        kv_layout = calibrating.kv_layout(checkpoint, options)
         layers, record = None, calibrating.stored_record(checkpoint)
         if recipe is not None:
             layers, record = calibrating.quantized_layers(
@@ -219,8 +221,8 @@ def run(options: ExportOptions) -> None:
     if options.json:
         from qwen_quant.cli.output import print_json
 
-        fields = calibrating.result_fields(options.output, written, record, seconds)
-        print_json({**fields, "types": written.types, "notes": remarks})
+        fields = calibrating.result_fields(checkpoint, options.output, written, record, seconds)
+        print_json({**fields, "notes": remarks})
         return
     from rich.console import Console
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from qwen_quant.checkpoint import Checkpoint
     from qwen_quant.cli.export import ExportOptions
     from qwen_quant.exporters.onnx import Form, Written
+    from qwen_quant.quantize.plan_layer import Stage
+    from qwen_quant.quantize.stored import StoredTensor
 
 MEASURED_WINDOWS, MEASURED_TOKENS = 4, 128  # of calibration text, for the precision of each product
 
@@ -32,14 +34,16 @@ def run(options: ExportOptions) -> None:
     began = time.monotonic()
     max_ram = planning.parse_ram(options.max_ram)
     checkpoint = Checkpoint.open(options.model)
-    remarks = notes(checkpoint)
+    remarks = notes(checkpoint) + calibrating.unknown_tensors(checkpoint)
     if not options.json:
         calibrating.announce(remarks)
     form = form_of(options)
     _, grid = form.resolved(checkpoint)
     solving = grid is not None and checkpoint.quantization is None
     recipe = calibrating.recipe_of(options) if solving else None
-    plan = planning.make_plan(checkpoint, stored_tensors(checkpoint, form), recipe, max_ram)
+    stored = stored_tensors(checkpoint, form)
+    after = memory_after(options, checkpoint, stored, form)
+    plan = planning.make_plan(checkpoint, stored, recipe, max_ram, after)
     if options.dry_run:
         # An embedding's grid may be another than the layers'; it is rounded about as quickly.
         planning.report(plan, options, lambda kind: grid or IntGrid(8), recipe)
@@ -49,8 +53,8 @@ def run(options: ExportOptions) -> None:
     if options.json:
         from qwen_quant.cli.output import print_json
 
-        fields = calibrating.result_fields(options.output, written, record, seconds)
-        print_json({**fields, "types": written.types, "notes": remarks, "check": written.check})
+        fields = calibrating.result_fields(checkpoint, options.output, written, record, seconds)
+        print_json({**fields, "notes": remarks, "check": written.check})
         return
     report(options, written, seconds)
 
@@ -68,6 +72,21 @@ def form_of(options: ExportOptions) -> Form:
         opset=options.opset,
         accuracy_level=options.accuracy_level.lower(),
     )
+
+
+def memory_after(
+    options: ExportOptions, checkpoint: Checkpoint, stored: list[StoredTensor], form: Form
+) -> tuple[Stage, ...]:
+    """What running the written folder will need."""
+    from qwen_quant.evaluate.selfcheck import WINDOW, WINDOWS
+    from qwen_quant.quantize.plan_beside import LOADED, checking, choosing
+
+    stages = []
+    if form.accuracy_level == "auto" and form.opset is None and any(tensor.quantized for tensor in stored):
+        stages.append(choosing(checkpoint.spec, stored, MEASURED_TOKENS))
+    if options.verify:
+        stages.append(checking(checkpoint.spec, stored, WINDOWS * WINDOW, LOADED))
+    return tuple(stages)
 
 
 def write(

@@ -87,7 +87,7 @@ def run(options: GPTQOptions) -> None:
     limit = parse_size(options.max_shard_size)
     max_ram = planning.parse_ram(options.max_ram)
     checkpoint = Checkpoint.open(options.model)
-    remarks = notes(checkpoint, grid)
+    remarks = notes(checkpoint, grid) + calibrating.unknown_tensors(checkpoint)
     if not options.json:
         calibrating.announce(remarks)
     stored = stored_tensors(checkpoint, grid, options.tied_head)
@@ -121,7 +121,7 @@ def run(options: GPTQOptions) -> None:
     if options.json:
         from qwen_quant.cli.output import print_json
 
-        fields = calibrating.result_fields(options.output, written, record, seconds)
+        fields = calibrating.result_fields(checkpoint, options.output, written, record, seconds)
         print_json({**fields, "grid": grid.name, "notes": remarks})
         return
     from rich.console import Console

@@ -31,9 +31,10 @@ NOT_COPIED = ("config.json", "quantize_config.json", INDEX)
 
 @dataclass
 class Written:
-    """What `export_gptq` wrote: total bytes, and the tensors left in full precision with the reason."""
+    """What `export_gptq` wrote: bytes, how each tensor is stored, and why some are left in full precision."""
 
     bytes: int = 0
+    types: dict[str, str] = field(default_factory=dict)
     layers: list[QuantizedLayer] = field(default_factory=list)
     unquantized: dict[str, str] = field(default_factory=dict)
 
@@ -79,7 +80,7 @@ def export_gptq(
     check_packable(checkpoint)
     planned = list(_plan(checkpoint, grid, tied_head))
     shards = _shards(planned, max_shard_bytes)
-    written = Written()
+    written = Written(types=_types(checkpoint, grid, tied_head))
     config = quantization_config(grid, recipe, record, checkpoint_format)
     if checkpoint.spec.moe is not None:
         config["modules_in_block_to_quantize"] = quantized_modules(checkpoint)
@@ -179,6 +180,15 @@ def _stored(checkpoint: Checkpoint, info: TensorInfo, grid: IntGrid) -> list[Pla
         Planned(f"{stem}scales", "F16", (groups, n)),
         Planned(f"{stem}g_idx", "I32", (k,)),
     ]
+
+
+def _types(checkpoint: Checkpoint, grid: IntGrid, tied_head: bool) -> dict[str, str]:
+    """How each tensor is stored: on the grid, or as the checkpoint has it."""
+    heads = [_tied_head(checkpoint)] if checkpoint.spec.tie_word_embeddings and tied_head else []
+    return {
+        info.name: grid.name if info.role == "linear" else checkpoint.source.dtype(info.name)
+        for info in checkpoint.spec.tensors()
+    } | {head.name: head.dtype for head in heads}
 
 
 def _tied_head(checkpoint: Checkpoint) -> Planned:
