@@ -12,6 +12,7 @@ import typer
 
 from qwen_quant.cli import calibrating, export_onnx, options
 from qwen_quant.cli.calibrating import CalibrationOptions
+from qwen_quant.cli.checking import check_of, summary
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,7 @@ def command(
             help="ONNX: standard operators of this opset (23) only; by default onnxruntime's fused ones.",
         ),
     ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="ONNX: run what was written against the checkpoint.")
-    ] = True,
+    verify: options.Verify = True,
     overwrite: options.Overwrite = False,
     target_bpw: Annotated[
         float | None,
@@ -141,7 +140,6 @@ ONLY = {
         "sym": "--asym",
         "accuracy_level": "--accuracy-level",
         "opset": "--opset",
-        "verify": "--no-verify",
     },
 }
 
@@ -198,6 +196,7 @@ def run(options: ExportOptions) -> None:
         planning.report(plan, options, gguf_grid, recipe, None if chosen is None else chosen.expected_kld)
         return
     kv_layout = calibrating.kv_layout(checkpoint, options)
+    check = check_of(options.output, checkpoint, file.fewest_bits(checkpoint)) if options.verify else None
     with calibrating.layer_store(options.output, options.resume) as store:
         layers, record = None, calibrating.stored_record(checkpoint)
         if recipe is not None:
@@ -214,13 +213,14 @@ def run(options: ExportOptions) -> None:
             layers=layers,
             record=record,
             kv_layout=kv_layout,
+            check=check,
         )
     seconds = time.monotonic() - began
     if options.json:
         from qwen_quant.cli.output import print_json
 
         fields = calibrating.result_fields(options.output, written, record, seconds)
-        print_json({**fields, "types": written.types, "notes": remarks})
+        print_json({**fields, "types": written.types, "notes": remarks, "check": written.check})
         return
     from rich.console import Console
 
@@ -230,3 +230,5 @@ def run(options: ExportOptions) -> None:
     counts = Counter(written.types.values())
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     print(f"{options.output}: {written.bytes / 1e6:.1f} MB, {seconds:.1f} s, tensors: {kinds}")
+    if written.check:
+        print(summary(written.check))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_quant.cli import calibrating
+from qwen_quant.cli.checking import check_of, summary
 
 if TYPE_CHECKING:
     import numpy as np
@@ -77,6 +76,7 @@ def write(
     from qwen_quant.exporters.onnx import export_onnx, grid_choice
 
     _, grid = form.resolved(checkpoint)
+    check = check_of(options.output, checkpoint, form.fewest_bits(checkpoint)) if options.verify else None
     with calibrating.layer_store(options.output, options.resume) as store:
         layers, record = None, calibrating.stored_record(checkpoint)
         if recipe is not None and grid is not None:
@@ -90,7 +90,7 @@ def write(
             layers=layers,
             record=record,
             texts=texts_for(options, checkpoint) if form.accuracy_level == "auto" else None,
-            check=check_of(options.output, checkpoint, form) if options.verify else None,
+            check=check,
             overwrite=options.overwrite,
         )
     return written, record
@@ -107,14 +107,6 @@ def texts_for(options: ExportOptions, checkpoint: Checkpoint) -> npt.NDArray[np.
     return calib_data.sample(documents, tokenizer, MEASURED_WINDOWS, length, options.seed)
 
 
-def check_of(output: Path, checkpoint: Checkpoint, form: Form) -> Callable[[Path], dict[str, Any]]:
-    """What runs the written folder against the checkpoint."""
-    from qwen_quant.evaluate.selfcheck import self_check
-
-    bits = form.fewest_bits(checkpoint)
-    return lambda folder: self_check(folder, checkpoint, bits, where=output)
-
-
 def report(options: ExportOptions, written: Written, seconds: float) -> None:
     """What was written, for a terminal."""
     from rich.console import Console
@@ -126,7 +118,4 @@ def report(options: ExportOptions, written: Written, seconds: float) -> None:
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     print(f"{options.output}: {written.bytes / 1e6:.1f} MB, {seconds:.1f} s, tensors: {kinds}")
     if written.check:
-        kld, same = written.check["kld_mean"], written.check["top1_agreement"]
-        print(
-            f"checked on {written.check['tokens']} tokens: KLD {kld:.5f}, top-1 agreement {100 * same:.2f} %"
-        )
+        print(summary(written.check))
