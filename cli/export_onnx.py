@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qwen_quant.cli.export import ExportOptions
     from qwen_quant.exporters.onnx import Form, Written
 
-MEASURED_WINDOWS, MEASURED_TOKENS = 4, 128  # of calibration text, for the precision of each product
+MEASURED_WINDOWS, MEASURED_TOKENS = 2, 128  # of calibration text, for the precision of each product
 
 
 def run(options: ExportOptions) -> None:

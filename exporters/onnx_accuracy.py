@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper
 
-from qwen_quant.exporters.onnx_pieces import Values, run_pieces
+from qwen_quant.exporters.onnx_pieces import Values, run_pieces, with_rows_apart
 
 LEVELS = {"0": 0, "4": 4}
 AUTO = "auto"
@@ -113,21 +113,24 @@ def _set(node: onnx.NodeProto, level: int) -> None:
 
 def _measure(beside: Path, model: onnx.ModelProto, feeds: Sequence[Values]) -> dict[str, float]:
     """The relative error of each product at level 4, over all windows."""
-    doubled = onnx.ModelProto()
-    doubled.CopyFrom(model)
+    doubled, names = with_rows_apart(model)
+    nodes = list(doubled.graph.node)
     del doubled.graph.node[:]
-    names = []
-    for node in model.graph.node:
+    for node in nodes:
+        if node.name in names:
+            _set(node, 0)
         doubled.graph.node.append(node)
-        if node.op_type == "MatMulNBits":
+        if node.name in names:
             doubled.graph.node.extend(_compared(node))
-            names.append(node.name)
     wanted = [f"{name}.{part}" for name in names for part in ("gap", "size")]
     values, _ = run_pieces(beside, doubled, feeds, wanted)
-    sums = np.sum([[of_text[name] for name in wanted] for of_text in values], axis=0)
-    gaps, sizes = sums.reshape(-1, 2).T
-    found = np.sqrt(gaps / np.maximum(sizes, np.finfo(np.float32).tiny))
-    return {name: float(error) for name, error in zip(names, found, strict=True)}
+    sums: dict[str, npt.NDArray[np.float64]] = {}
+    for part, name in names.items():
+        pair = [[of_text[f"{part}.gap"], of_text[f"{part}.size"]] for of_text in values]
+        sums[name] = sums.get(name, np.zeros(2)) + np.sum(pair, axis=0)
+    return {
+        name: float(np.sqrt(gap / max(size, np.finfo(np.float32).tiny))) for name, (gap, size) in sums.items()
+    }
 
 
 def _compared(node: onnx.NodeProto) -> list[onnx.NodeProto]:

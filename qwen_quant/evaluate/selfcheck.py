@@ -18,6 +18,7 @@ from qwen_quant.evaluate.divergence import Divergence
 from qwen_quant.evaluate.perplexity import MIN_CTX, cut_windows, log_softmax, row_blocks, tokenize
 from qwen_quant.evaluate.report import HELD_OUT, read_text, renormalized
 from qwen_quant.progress import progress
+from qwen_quant.quantize.heap import give_back_memory
 from qwen_quant.runtime.onnx import is_onnx_folder
 from qwen_quant.runtime.session import Session
 from qwen_quant.tokenizer import Tokenizer
@@ -67,6 +68,7 @@ def self_check(
     with progress("checking", layers + WINDOWS) as advance:
         # The artifact is opened twice: layers of the one and weights of the other never lie in memory together.
         answered, steps = windows[:1].copy(), min(GREEDY, windows.shape[1] // 2)
+        give_back_memory()  # that what wrote the artifact has freed
         answered[0, -steps:] = _greedy(Session.open(artifact), tokenizer, windows[0][:-steps], steps, where)
         reference = streamed_logits(checkpoint, np.concatenate((answered, windows)), advance)
         best = next(reference)[-steps - 1 : -1].argmax(axis=-1)
