@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,8 @@ import typer
 
 from qwen_quant.cli import calibrating, export_onnx, options
 from qwen_quant.cli.calibrating import CalibrationOptions
-from qwen_quant.cli.checking import check_of, summary
+from qwen_quant.cli.checking import check_of
+from qwen_quant.cli.exported import report
 
 
 @dataclass(frozen=True)
@@ -215,20 +215,4 @@ def run(options: ExportOptions) -> None:
             kv_layout=kv_layout,
             check=check,
         )
-    seconds = time.monotonic() - began
-    if options.json:
-        from qwen_quant.cli.output import print_json
-
-        fields = calibrating.result_fields(options.output, written, record, seconds)
-        print_json({**fields, "types": written.types, "notes": remarks, "check": written.check})
-        return
-    from rich.console import Console
-
-    if written.layers and written.layers[0].reports:
-        Console().print(calibrating.layer_table(written.layers))
-    calibrating.print_notes(written.layers, written.unquantized)
-    counts = Counter(written.types.values())
-    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-    print(f"{options.output}: {written.bytes / 1e6:.1f} MB, {seconds:.1f} s, tensors: {kinds}")
-    if written.check:
-        print(summary(written.check))
+    report(options, written, record, remarks, began)

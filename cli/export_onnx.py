@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from qwen_quant.cli import calibrating
-from qwen_quant.cli.checking import check_of, summary
+from qwen_quant.cli.checking import check_of
+from qwen_quant.cli.exported import report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,14 +44,7 @@ def run(options: ExportOptions) -> None:
         planning.report(plan, options, lambda kind: grid or IntGrid(8), recipe)
         return
     written, record = write(options, checkpoint, form, recipe, plan.keep_contexts)
-    seconds = time.monotonic() - began
-    if options.json:
-        from qwen_quant.cli.output import print_json
-
-        fields = calibrating.result_fields(options.output, written, record, seconds)
-        print_json({**fields, "types": written.types, "notes": remarks, "check": written.check})
-        return
-    report(options, written, seconds)
+    report(options, written, record, remarks, began)
 
 
 def form_of(options: ExportOptions) -> Form:
@@ -105,17 +98,3 @@ def texts_for(options: ExportOptions, checkpoint: Checkpoint) -> npt.NDArray[np.
     length = min(MEASURED_TOKENS, checkpoint.spec.plain_context)
     documents = calib_data.load(options.dataset)
     return calib_data.sample(documents, tokenizer, MEASURED_WINDOWS, length, options.seed)
-
-
-def report(options: ExportOptions, written: Written, seconds: float) -> None:
-    """What was written, for a terminal."""
-    from rich.console import Console
-
-    if written.layers and written.layers[0].reports:
-        Console().print(calibrating.layer_table(written.layers))
-    calibrating.print_notes(written.layers, written.unquantized)
-    counts = Counter(written.types.values())
-    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-    print(f"{options.output}: {written.bytes / 1e6:.1f} MB, {seconds:.1f} s, tensors: {kinds}")
-    if written.check:
-        print(summary(written.check))
