@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,8 @@ import typer
 
 from qwen_quant.cli import calibrating, export_onnx, options
 from qwen_quant.cli.calibrating import CalibrationOptions
+from qwen_quant.cli.checking import check_of
+from qwen_quant.cli.exported import report
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,7 @@ def command(
             help="ONNX: standard operators of this opset (23) only; by default onnxruntime's fused ones.",
         ),
     ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="ONNX: run what was written against the checkpoint.")
-    ] = True,
+    verify: options.Verify = True,
     overwrite: options.Overwrite = False,
     target_bpw: Annotated[
         float | None,
@@ -141,7 +140,6 @@ ONLY = {
         "sym": "--asym",
         "accuracy_level": "--accuracy-level",
         "opset": "--opset",
-        "verify": "--no-verify",
     },
 }
 
@@ -201,6 +199,7 @@ def run(options: ExportOptions) -> None:
             planning.report(plan, options, gguf_grid, recipe, None if chosen is None else chosen.expected_kld)
             return
         kv_layout = calibrating.kv_layout(checkpoint, options)
+        check = check_of(options.output, checkpoint, file.fewest_bits(checkpoint)) if options.verify else None
         layers, record = None, calibrating.stored_record(checkpoint)
         if recipe is not None:
             layers, record = calibrating.quantized_layers(
@@ -216,19 +215,6 @@ def run(options: ExportOptions) -> None:
             layers=layers,
             record=record,
             kv_layout=kv_layout,
+            check=check,
         )
-    seconds = time.monotonic() - began
-    if options.json:
-        from qwen_quant.cli.output import print_json
-
-        fields = calibrating.result_fields(checkpoint, options.output, written, record, seconds)
-        print_json({**fields, "notes": remarks})
-        return
-    from rich.console import Console
-
-    if written.layers and written.layers[0].reports:
-        Console().print(calibrating.layer_table(written.layers))
-    calibrating.print_notes(written.layers, written.unquantized)
-    counts = Counter(written.types.values())
-    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-    print(f"{options.output}: {written.bytes / 1e6:.1f} MB, {seconds:.1f} s, tensors: {kinds}")
+    report(checkpoint, options, written, record, remarks, began)

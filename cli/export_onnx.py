@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_quant.cli import calibrating
+from qwen_quant.cli.checking import check_of
+from qwen_quant.cli.exported import report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from qwen_quant.quantize.plan_layer import Stage
     from qwen_quant.quantize.stored import StoredTensor
 
-MEASURED_WINDOWS, MEASURED_TOKENS = 4, 128  # of calibration text, for the precision of each product
+MEASURED_WINDOWS, MEASURED_TOKENS = 2, 128  # of calibration text, for the precision of each product
 
 
 def run(options: ExportOptions) -> None:
@@ -49,14 +48,7 @@ def run(options: ExportOptions) -> None:
         planning.report(plan, options, lambda kind: grid or IntGrid(8), recipe)
         return
     written, record = write(options, checkpoint, form, recipe, plan.keep_activations)
-    seconds = time.monotonic() - began
-    if options.json:
-        from qwen_quant.cli.output import print_json
-
-        fields = calibrating.result_fields(checkpoint, options.output, written, record, seconds)
-        print_json({**fields, "notes": remarks, "check": written.check})
-        return
-    report(options, written, seconds)
+    report(checkpoint, options, written, record, remarks, began)
 
 
 def form_of(options: ExportOptions) -> Form:
@@ -96,6 +88,7 @@ def write(
     from qwen_quant.exporters.onnx import export_onnx, grid_choice
 
     _, grid = form.resolved(checkpoint)
+    check = check_of(options.output, checkpoint, form.fewest_bits(checkpoint)) if options.verify else None
     with calibrating.layer_store(options.output, options.resume) as store:
         layers, record = None, calibrating.stored_record(checkpoint)
         if recipe is not None and grid is not None:
@@ -109,7 +102,7 @@ def write(
             layers=layers,
             record=record,
             texts=texts_for(options, checkpoint) if form.accuracy_level == "auto" else None,
-            check=check_of(options.output, checkpoint, form) if options.verify else None,
+            check=check,
             overwrite=options.overwrite,
         )
     return written, record
@@ -124,28 +117,3 @@ def texts_for(options: ExportOptions, checkpoint: Checkpoint) -> npt.NDArray[np.
     length = min(MEASURED_TOKENS, checkpoint.spec.plain_context)
     documents = calib_data.load(options.dataset)
     return calib_data.sample(documents, tokenizer, MEASURED_WINDOWS, length, options.seed)
-
-
-def check_of(output: Path, checkpoint: Checkpoint, form: Form) -> Callable[[Path], dict[str, Any]]:
-    """What runs the written folder against the checkpoint."""
-    from qwen_quant.evaluate.selfcheck import self_check
-
-    bits = form.fewest_bits(checkpoint)
-    return lambda folder: self_check(folder, checkpoint, bits, where=output)
-
-
-def report(options: ExportOptions, written: Written, seconds: float) -> None:
-    """What was written, for a terminal."""
-    from rich.console import Console
-
-    if written.layers and written.layers[0].reports:
-        Console().print(calibrating.layer_table(written.layers))
-    calibrating.print_notes(written.layers, written.unquantized)
-    counts = Counter(written.types.values())
-    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-    print(f"{options.output}: {written.bytes / 1e6:.1f} MB, {seconds:.1f} s, tensors: {kinds}")
-    if written.check:
-        kld, same = written.check["kld_mean"], written.check["top1_agreement"]
-        print(
-            f"checked on {written.check['tokens']} tokens: KLD {kld:.5f}, top-1 agreement {100 * same:.2f} %"
-        )

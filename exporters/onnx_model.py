@@ -115,17 +115,21 @@ def add_attention(graph: Graph, ops: Ops, step: Step, layer: int, x: str) -> str
 def project(graph: Graph, ops: Ops, layer: int, x: str) -> list[str]:
     """Queries, keys and values, each [batch, seq, heads * head_dim], or all three side by side.
 
-    One product for all three saves two passes over the activations; per-head norms would have to cut it again.
+    One product for all three reads, and at accuracy_level 4 rounds, the activations once; per-head norms have it cut.
     """
     spec, names = ops.spec, ops.spec.names
     modules = [f"{names.layer(layer)}{name}" for name in names.qkv]
     weights = [f"{module}.weight" for module in modules]
-    if not spec.qk_norm and ops.packs_qkv and ops.weights.can_stack(weights):
-        return [ops.linear(x, weights, bias_of(ops, modules) if spec.qkv_bias else None)]
-    found = []
-    for module in modules:
-        found.append(ops.linear(x, [f"{module}.weight"], bias_of(ops, [module]) if spec.qkv_bias else None))
-    if len(found) == 1:  # Qwen (1) has one projection
+    if ops.packs_qkv and ops.weights.can_stack(weights):
+        found = [ops.linear(x, weights, bias_of(ops, modules) if spec.qkv_bias else None)]
+        if not spec.qk_norm:
+            return found
+    else:
+        found = [
+            ops.linear(x, [f"{module}.weight"], bias_of(ops, [module]) if spec.qkv_bias else None)
+            for module in modules
+        ]
+    if len(found) == 1:
         found = ops.split(found[0], [spec.q_size, spec.kv_size, spec.kv_size])
     if spec.qk_norm:
         for index, name in enumerate(("q_norm", "k_norm")):

@@ -58,9 +58,13 @@ class GGUFFile:
         return Tokenizer.from_gguf(self.metadata, self.path)
 
     def end_ids(self) -> frozenset[int]:
-        """Every id that ends a turn: those the metadata names, and ChatML's where the vocabulary has them."""
+        """Every id that ends a turn: those the metadata names, and ChatML's where the vocabulary has them.
+
+        GGUF's own keys have room for one id each; a checkpoint may have more, which our exporter lists.
+        """
         metadata = self.metadata
         ids = {metadata.get(f"tokenizer.ggml.{key}") for key in END_OF_TURN_KEYS}
+        ids.update(metadata.get("qwen_quant.eos_token_ids", []))
         tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
         ids |= {tokens.index(token) for token in END_OF_TURN_TOKENS if token in tokens}
         return frozenset(int(i) for i in ids if i is not None)
