@@ -43,6 +43,10 @@ class LogitsProvider(Protocol):
     def kv_bytes_per_token(self) -> float | None:
         """What a token adds to the cache of keys and values; None where there is no cache."""
 
+    @property
+    def kv_recent_bytes(self) -> int | None:
+        """What the cache has beside that, whatever the context; None where there is no cache."""
+
     def window_logits(self, tokens: Tokens, first: int = 0) -> Logits:
         """Logits [T - first, V] after tokens first … T - 1 of `tokens` [T], nothing preceding the window."""
 
@@ -80,6 +84,11 @@ class EngineProvider:
     def kv_bytes_per_token(self) -> float | None:
         engine = self.session.engine
         return None if isinstance(engine, OnnxEngine) else engine.kv_bytes_per_token
+
+    @property
+    def kv_recent_bytes(self) -> int | None:
+        engine = self.session.engine
+        return None if isinstance(engine, OnnxEngine) else engine.kv_recent_bytes
 
     def window_logits(self, tokens: Tokens, first: int = 0) -> Logits:
         return self.session.logits(tokens)[first:]

@@ -61,6 +61,7 @@ class EvalResult:
     top1_agreement: float | None = None
     kv_cache: str | None = None
     kv_bytes_per_token: float | None = None
+    kv_recent_bytes: int | None = None  # of recent tokens in FP16, whatever the context
     retrieval: dict[str, float] | None = None  # by depth: see retrieval.py
     retrieval_reference: dict[str, float] | None = None
 
@@ -85,6 +86,8 @@ class EvalResult:
             lines.append(
                 (f"KV cache {self.kv_cache or 'f16'}, bytes per token", f"{self.kv_bytes_per_token:,.0f}")
             )
+        if self.kv_recent_bytes:
+            lines.append(("and in all, of recent tokens", f"{self.kv_recent_bytes:,}"))
         for name, found in (("retrieval", self.retrieval), ("reference's", self.retrieval_reference)):
             lines += [
                 (f"{name} at depth {depth}", f"{100 * share:.0f} %") for depth, share in (found or {}).items()
@@ -147,7 +150,12 @@ def evaluate(
         )
     windows = cut_windows(tokens, ctx, max_windows)
     result = evaluate_windows(measured, against, windows, data=str(data), text=text)
-    result = replace(result, kv_cache=kv_cache, kv_bytes_per_token=measured.kv_bytes_per_token)
+    result = replace(
+        result,
+        kv_cache=kv_cache,
+        kv_bytes_per_token=measured.kv_bytes_per_token,
+        kv_recent_bytes=measured.kv_recent_bytes,
+    )
     if not needle:
         return result
     theirs = None if against is None else needle_retrieval(against, windows)

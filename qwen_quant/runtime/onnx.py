@@ -118,6 +118,10 @@ class OnnxEngine:
         self._cache.truncate(n_tokens)
         self.n_past = n_tokens
 
+    def exact_past(self, n_tokens: int) -> int:
+        """As the C++ engine's: nothing is lost by truncating."""
+        return n_tokens
+
     def forward(
         self, tokens: npt.NDArray[np.int32], n_past: int, all_logits: bool = False
     ) -> npt.NDArray[np.float32]:
