@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qwen_quant.checkpoint import Checkpoint
     from qwen_quant.cli.export import ExportOptions
     from qwen_quant.exporters.onnx import Form, Written
+    from qwen_quant.quantize.kv_ranges import ChannelScales
 
 MEASURED_WINDOWS, MEASURED_TOKENS = 4, 128  # of calibration text, for the precision of each product
 
@@ -77,6 +78,7 @@ def write(
     from qwen_quant.exporters.onnx import export_onnx, grid_choice
 
     _, grid = form.resolved(checkpoint)
+    cache = cache_of(options, checkpoint)
     with calibrating.layer_store(options.output, options.resume) as store:
         layers, record = None, calibrating.stored_record(checkpoint)
         if recipe is not None and grid is not None:
@@ -90,10 +92,32 @@ def write(
             layers=layers,
             record=record,
             texts=texts_for(options, checkpoint) if form.accuracy_level == "auto" else None,
-            check=check_of(options.output, checkpoint, form) if options.verify else None,
+            cache=cache,
+            check=check_of(options, checkpoint, form) if options.verify else None,
             overwrite=options.overwrite,
         )
     return written, record
+
+
+def cache_of(options: ExportOptions, checkpoint: Checkpoint) -> ChannelScales | None:
+    """Scales of the quantized cache that is asked for. Raises UsageError for another than int8 and int4."""
+    from qwen_quant import calib_data
+    from qwen_quant.cli.kv import NUM_SAMPLES
+    from qwen_quant.errors import UsageError
+    from qwen_quant.quantize.kv_ranges import channel_scales
+    from qwen_quant.tokenizer import Tokenizer
+
+    if options.kv_cache is None:
+        return None
+    if options.kv_cache not in ("int8", "int4"):
+        raise UsageError(
+            f"--kv-cache {options.kv_cache}: ONNX's attention has int8 or int4 in all layers; choose one, or drop it"
+        )
+    documents = calib_data.load(options.dataset)
+    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    length = min(options.seq_len, checkpoint.spec.plain_context)
+    windows = calib_data.sample(documents, tokenizer, NUM_SAMPLES, length, options.seed)
+    return channel_scales(checkpoint, windows, int(options.kv_cache[3:]))
 
 
 def texts_for(options: ExportOptions, checkpoint: Checkpoint) -> npt.NDArray[np.int32]:
@@ -107,12 +131,12 @@ def texts_for(options: ExportOptions, checkpoint: Checkpoint) -> npt.NDArray[np.
     return calib_data.sample(documents, tokenizer, MEASURED_WINDOWS, length, options.seed)
 
 
-def check_of(output: Path, checkpoint: Checkpoint, form: Form) -> Callable[[Path], dict[str, Any]]:
+def check_of(options: ExportOptions, checkpoint: Checkpoint, form: Form) -> Callable[[Path], dict[str, Any]]:
     """What runs the written folder against the checkpoint."""
     from qwen_quant.evaluate.selfcheck import self_check
 
-    bits = form.fewest_bits(checkpoint)
-    return lambda folder: self_check(folder, checkpoint, bits, where=output)
+    bits = min(form.fewest_bits(checkpoint), 16 if options.kv_cache is None else int(options.kv_cache[3:]))
+    return lambda folder: self_check(folder, checkpoint, bits, where=options.output)
 
 
 def report(options: ExportOptions, written: Written, seconds: float) -> None:

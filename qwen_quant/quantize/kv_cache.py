@@ -91,7 +91,7 @@ def calibrate_kv(
     reports = inspect(checkpoint)
     layers = []
     with progress("KV cache", 3 * spec.num_hidden_layers) as advance:
-        for report, (layer, x, table) in zip(reports, _layer_inputs(model, tokens), strict=True):
+        for report, (layer, x, table) in zip(reports, layer_inputs(model, tokens), strict=True):
             layers.append(_choose_layouts(layer, x, table, report))
             advance(1, f"layer {report.layer}")
         chosen = KVCacheSpec("auto", tuple(layers), RECENT)
@@ -110,7 +110,7 @@ def calibrate_kv(
     return KVCalibration(chosen, reports, _kld(plain, model, tokens, chosen))
 
 
-def _layer_inputs(
+def layer_inputs(
     model: Model, tokens: Tensor
 ) -> Iterator[tuple[DecoderLayer, Tensor, tuple[Tensor, Tensor]]]:
     """Each layer with what its attention reads [samples, seq, hidden], and the rotary tables."""
