@@ -33,12 +33,20 @@ STEPS = 16  # tokens timed at a depth
 PAGE = 256  # tokens of the engine's cache that lie together
 
 
-def quality(path: Path, data: Path, ctx: int, windows: int | None) -> None:
+def quality(options: argparse.Namespace, ctx: int) -> None:
     """A row for each of our types."""
+    path = options.quality
     print(f"\n{path.name}, windows of {ctx}\ncache   bytes/token  recent      KLD  perplexity  retrieval")
     for kind in OURS:
         try:
-            found = evaluate(path, path, data, ctx=ctx, max_windows=windows, kv_cache=kind, needle=True)
+            found = evaluate(
+                *(path, path, options.data),
+                ctx=ctx,
+                max_windows=options.max_windows,
+                n_threads=options.threads,
+                kv_cache=kind,
+                needle=options.needle,
+            )
         except QwenQuantError as error:
             print(f"{kind:6}  {error}")
             continue
@@ -53,18 +61,19 @@ def quality(path: Path, data: Path, ctx: int, windows: int | None) -> None:
         )
 
 
-def llama_quality(tool: Path, path: Path, data: Path, ctx: int, windows: int | None) -> None:
+def llama_quality(options: argparse.Namespace, ctx: int) -> None:
     """KLD and perplexity of llama.cpp's types against its own F16 cache, by its perplexity tool."""
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "logits"
         common = [
-            *(str(tool), "-m", str(path), "-f", str(data), "-c", str(ctx), "--chunks", str(windows or -1)),
-            *("--kl-divergence-base", str(base)),
+            *(str(options.llama_perplexity), "-m", str(options.quality), "-f", str(options.data)),
+            *("-c", str(ctx), "-b", str(ctx), "--chunks", str(options.max_windows or -1)),
+            *("-t", str(options.threads), "--kl-divergence-base", str(base)),
         ]
         subprocess.run(common, check=True, capture_output=True)
-        for kind in LLAMA_CPP:
-            options = ["--kl-divergence", "-ctk", kind, "-ctv", kind, "-fa", "on"]
-            done = subprocess.run(common + options, check=True, capture_output=True, text=True)
+        for kind in options.llama_types:
+            cache = ["--kl-divergence", "-ctk", kind, "-ctv", kind, "-fa", "on"]
+            done = subprocess.run(common + cache, check=True, capture_output=True, text=True)
             lines = [
                 line for line in done.stdout.splitlines() if line.startswith(("Mean    KLD", "Mean PPL(Q)"))
             ]
@@ -149,6 +158,7 @@ def main() -> None:
     add("--data", type=Path, default=HELD_OUT)
     add("--ctx", type=int, nargs="+", default=[512, 2048])
     add("--max-windows", type=int)
+    add("--needle", action="store_true", help="measure retrieval too")
     add("--speed", type=Path, help="a GGUF file of a released shape")
     add("--types", nargs="+", default=["f16", "int8", "int4"], help="of ours, in which all layers are alike")
     add("--llama-types", nargs="*", default=LLAMA_CPP)
@@ -160,11 +170,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.quality:
         for ctx in options.ctx:
-            quality(options.quality, options.data, ctx, options.max_windows)
+            quality(options, ctx)
             if options.llama_perplexity:
-                llama_quality(
-                    options.llama_perplexity, options.quality, options.data, ctx, options.max_windows
-                )
+                llama_quality(options, ctx)
     if options.speed:
         speed(options)
 

@@ -212,6 +212,44 @@ def test_a_large_key_bias_costs_nothing(make: Callable[..., Checkpoint]) -> None
     assert divergence(exact, torch_logits(checkpoint, KVCacheSpec("naive", (naive, naive)))) > 20 * most
 
 
+def with_moved_scale(checkpoint: Checkpoint, factor: float) -> Checkpoint:
+    """The same model, where some channels of keys are `factor` times as large and those of queries as small."""
+    infos, dim = checkpoint.spec.tensors(), checkpoint.spec.head_dim
+    factors = np.ones(dim, np.float32)
+    factors[[3, 3 + dim // 2, 30, 30 + dim // 2]] = factor  # pairs, which RoPE turns into one another
+    planned = [Planned(info.name, "F32", info.shape) for info in infos]
+    values = {info.name: checkpoint.read(info.name).astype(np.float32) for info in infos}
+    with SafetensorsWriter(checkpoint.folder / "model.safetensors", planned) as writer:
+        for name, value in values.items():
+            if "_proj" in name and ("q_proj" in name or "k_proj" in name):
+                moved = np.tile(factors if "k_proj" in name else 1 / factors, len(value) // dim)
+                value = value * moved.reshape(-1, *[1] * (value.ndim - 1))
+            writer.write(name, value)
+    return Checkpoint(checkpoint.folder)
+
+
+def test_a_scale_that_keys_took_from_queries_costs_nothing(make: Callable[..., Checkpoint]) -> None:
+    """The engine sees it in the weights, whatever their type, and balances it."""
+    checkpoint = make(**QWEN2)
+    plain = KVLayer(KVLayout(TokenGroups(4), hadamard=True), KVLayout(Half()))
+    costs = []
+    for factor in (1, 100):
+        checkpoint = with_moved_scale(checkpoint, factor)
+        exact = torch_logits(checkpoint, None)
+        for kind in ("F32", "Q8_0"):
+            path = checkpoint.folder / f"{kind}.gguf"
+            export_gguf(checkpoint, path, kind)
+            base = Session.open(path).logits(TOKENS)
+            costs.append(
+                divergence(base, Session.open(path, cache_type_k="int4", cache_type_v="f16").logits(TOKENS))
+            )
+    assert costs[2] < 2 * costs[0] + 1e-5
+    assert costs[3] < 2 * costs[1] + 1e-5
+    assert divergence(
+        exact, torch_logits(checkpoint, KVCacheSpec("plain", (plain, plain), RECENT))
+    ) > 10 * max(costs)
+
+
 def test_options_that_cannot_be(
     make: Callable[..., Checkpoint], make_checkpoint: Callable[..., Path]
 ) -> None:
