@@ -73,10 +73,14 @@ def llama_quality(options: argparse.Namespace, ctx: int) -> None:
         subprocess.run(common, check=True, capture_output=True)
         for kind in options.llama_types:
             cache = ["--kl-divergence", "-ctk", kind, "-ctv", kind, "-fa", "on"]
-            done = subprocess.run(common + cache, check=True, capture_output=True, text=True)
-            lines = [
-                line for line in done.stdout.splitlines() if line.startswith(("Mean    KLD", "Mean PPL(Q)"))
-            ]
+            lines: list[str] = []
+            while not lines:  # the tool may end before its table is printed
+                done = subprocess.run(common + cache, check=True, capture_output=True, text=True)
+                lines = [
+                    line
+                    for line in done.stdout.splitlines()
+                    if line.startswith(("Mean    KLD", "Mean PPL(Q) "))
+                ]
             print(f"llama.cpp {kind:5} {'; '.join(' '.join(line.split()) for line in lines)}", flush=True)
 
 

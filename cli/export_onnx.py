@@ -143,11 +143,17 @@ def report(options: ExportOptions, written: Written, seconds: float) -> None:
     """What was written, for a terminal."""
     from rich.console import Console
 
+    from qwen_quant.exporters.onnx_folder import READERS
+
     if written.layers and written.layers[0].reports:
         Console().print(calibrating.layer_table(written.layers))
     calibrating.print_notes(written.layers, written.unquantized)
     counts = Counter(written.types.values())
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+    if options.kv_cache is not None:
+        print(
+            f"note: with the {options.kv_cache} cache it runs on {READERS[options.kv_cache]}; others have FP32 ones"
+        )
     print(f"{options.output}: {written.bytes / 1e6:.1f} MB, {seconds:.1f} s, tensors: {kinds}")
     if written.check:
         kld, same = written.check["kld_mean"], written.check["top1_agreement"]
