@@ -64,11 +64,11 @@ public:
 
     // FP16 [head_dim] of one position from half_from on; the positions up to the end of the stretch follow, or of the page
     // where nothing is quantized. Quantized keys and values are in the basis of their codes.
-    uint16_t* key(int64_t layer, int64_t head, int64_t position) const {
+    uint16_t* key(int64_t layer, int64_t head, int64_t position) {
         if (layout(layer).key.quantized()) return recent_.at(layer, false, head, position);
         return reinterpret_cast<uint16_t*>(key_page(layer, head, position)) + position % kPage * head_dim_;
     }
-    uint16_t* value(int64_t layer, int64_t head, int64_t position) const {
+    uint16_t* value(int64_t layer, int64_t head, int64_t position) {
         if (layout(layer).value.quantized()) return recent_.at(layer, true, head, position);
         return reinterpret_cast<uint16_t*>(value_page(layer, head, position)) + position % kPage * head_dim_;
     }

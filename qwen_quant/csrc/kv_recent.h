@@ -8,7 +8,6 @@
 #include <cstring>
 #include <vector>
 
-#include "buffer.h"
 #include "kv_layout.h"
 
 namespace qq {
@@ -26,8 +25,7 @@ public:
             values_.push_back(layer.value.quantized() ? n_kv_heads : 0);
         }
         for (size_t i = 0; i < slots_.size(); ++i) {
-            slots_[i] = Buffer(slot_bytes(i));
-            std::memset(slots_[i].data(), 0, slots_[i].bytes());
+            slots_[i].resize(static_cast<size_t>((keys_[i] + values_[i]) * kSlots * head_dim));
         }
     }
 
@@ -40,18 +38,18 @@ public:
         held_ = std::max(readable_, end_ - kSlots);
         begin_ = from(first);
         long_ = end_ - begin_ > kSlots;
-        const size_t bytes = static_cast<size_t>(2 * n_kv_heads_ * (end_ - begin_) * head_dim_) * sizeof(uint16_t);
-        if (long_ && step_.bytes() < bytes) step_ = Buffer(bytes);
+        const size_t room = static_cast<size_t>(2 * n_kv_heads_ * (end_ - begin_) * head_dim_);
+        if (long_ && step_.size() < room) step_.resize(room);
     }
 
     // Where a token at `position` begins to read here: after taking back more than is held, some read their codes.
     int64_t from(int64_t position) const { return std::max(position / kKvRecent * kKvRecent, readable_); }
 
     // FP16 [head_dim] of one position, and then those of its stretch that follow.
-    uint16_t* at(int64_t layer, bool values, int64_t head, int64_t position) const {
+    uint16_t* at(int64_t layer, bool values, int64_t head, int64_t position) {
         if (!long_) return slot(layer, values, head, position);
         const int64_t row = ((values ? n_kv_heads_ : 0) + head) * (end_ - begin_) + position - begin_;
-        return step_.as<uint16_t>() + row * head_dim_;
+        return step_.data() + row * head_dim_;
     }
 
     // A long step has its tokens of one layer elsewhere: these bring in what comes before it, and keep the last of it.
@@ -85,31 +83,29 @@ public:
 
     size_t bytes() const {
         size_t total = 0;
-        for (const Buffer& b : slots_) total += b.bytes();
+        for (size_t layer = 0; layer < slots_.size(); ++layer) total += slot_bytes(layer);
         return total;
     }
-    size_t scratch_bytes() const { return step_.bytes(); }
+    size_t scratch_bytes() const { return step_.size() * sizeof(uint16_t); }
 
 private:
     bool has(int64_t layer, bool values) const { return (values ? values_ : keys_)[layer] > 0; }
-    size_t slot_bytes(int64_t layer) const {
-        return static_cast<size_t>((keys_[layer] + values_[layer]) * kSlots * head_dim_) * sizeof(uint16_t);
-    }
-    uint16_t* slot(int64_t layer, bool values, int64_t head, int64_t position) const {
+    size_t slot_bytes(int64_t layer) const { return slots_[layer].size() * sizeof(uint16_t); }
+    uint16_t* slot(int64_t layer, bool values, int64_t head, int64_t position) {
         const int64_t row = ((values ? keys_[layer] : 0) + head) * kSlots + position % kSlots;
-        return slots_[layer].as<uint16_t>() + row * head_dim_;
+        return slots_[layer].data() + row * head_dim_;
     }
     void copy(const uint16_t* from, uint16_t* to) const {
         std::memcpy(to, from, static_cast<size_t>(head_dim_) * sizeof(uint16_t));
     }
 
     int64_t n_kv_heads_, head_dim_;
-    std::vector<int64_t> keys_, values_;  // heads of each layer that are kept: all or none
-    std::vector<Buffer> slots_;           // of each layer [heads of keys, then of values][kSlots, head_dim]
+    std::vector<int64_t> keys_, values_;        // heads of each layer that are kept: all or none
+    std::vector<std::vector<uint16_t>> slots_;  // of each layer [heads of keys, then of values][kSlots, head_dim]
     int64_t held_ = 0;                    // the slots hold the positions from here to the end of the context
     int64_t first_ = 0, end_ = 0, begin_ = 0, readable_ = 0;  // of this step: its tokens, and what lies here before them
     bool long_ = false;                                       // whether it has more tokens than there are slots
-    Buffer step_;                                             // a long step's, [2, heads][end - begin, head_dim]
+    std::vector<uint16_t> step_;                              // a long step's, [2, heads][end - begin, head_dim]
 };
 
 }  // namespace qq
