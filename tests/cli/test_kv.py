@@ -28,6 +28,7 @@ def test_it_is_small_and_says_what_it_chose(cli: Callable, tmp_path: Path) -> No
     path = tmp_path / "layout.safetensors"
     found = cli("kv", "reference", "-o", path, *FEW, "--json").json
     assert found["kv_bytes_per_token"] <= 0.30 * 4 * 2 * 2 * 64 * 2
+    assert found["kv_recent_bytes"] == 64 * 4 * 2 * 2 * 64 * 2
     assert found["kld"] < 0.05
     bits = [(layer["key_bits"], layer["value_bits"]) for layer in found["layers"]]
     costs = [cost for layer in found["layers"] for cost in (layer["key_kld"], layer["value_kld"])]
