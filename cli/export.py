@@ -133,7 +133,7 @@ ONLY = {
         "pure": "--pure",
         "target_bpw": "--target-bpw",
         "target_size": "--target-size",
-        "kv_cache": "--kv-cache",
+        "kv_bits_budget": "--kv-bits-budget",
     },
     "onnx": {
         "group_size": "--group-size",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qwen_quant.checkpoint import Checkpoint
     from qwen_quant.cli.export import ExportOptions
     from qwen_quant.exporters.onnx import Form, Written
+    from qwen_quant.quantize.kv_ranges import ChannelScales
     from qwen_quant.quantize.plan_layer import Stage
     from qwen_quant.quantize.stored import StoredTensor
 
@@ -33,7 +34,7 @@ def run(options: ExportOptions) -> None:
     began = time.monotonic()
     max_ram = planning.parse_ram(options.max_ram)
     checkpoint = Checkpoint.open(options.model)
-    remarks = notes(checkpoint) + calibrating.unknown_tensors(checkpoint)
+    remarks = notes(checkpoint) + calibrating.unknown_tensors(checkpoint) + cache_notes(options)
     if not options.json:
         calibrating.announce(remarks)
     form = form_of(options)
@@ -88,7 +89,10 @@ def write(
     from qwen_quant.exporters.onnx import export_onnx, grid_choice
 
     _, grid = form.resolved(checkpoint)
-    check = check_of(options.output, checkpoint, form.fewest_bits(checkpoint)) if options.verify else None
+    cache = cache_of(options, checkpoint)
+    check = (
+        check_of(options.output, checkpoint, bits_of(options, checkpoint, form)) if options.verify else None
+    )
     with calibrating.layer_store(options.output, options.resume) as store:
         layers, record = None, calibrating.stored_record(checkpoint)
         if recipe is not None and grid is not None:
@@ -102,10 +106,32 @@ def write(
             layers=layers,
             record=record,
             texts=texts_for(options, checkpoint) if form.accuracy_level == "auto" else None,
+            cache=cache,
             check=check,
             overwrite=options.overwrite,
         )
     return written, record
+
+
+def cache_of(options: ExportOptions, checkpoint: Checkpoint) -> ChannelScales | None:
+    """Scales of the quantized cache that is asked for. Raises UsageError for another than int8 and int4."""
+    from qwen_quant import calib_data
+    from qwen_quant.cli.kv import NUM_SAMPLES
+    from qwen_quant.errors import UsageError
+    from qwen_quant.quantize.kv_ranges import channel_scales
+    from qwen_quant.tokenizer import Tokenizer
+
+    if options.kv_cache is None:
+        return None
+    if options.kv_cache not in ("int8", "int4"):
+        raise UsageError(
+            f"--kv-cache {options.kv_cache}: ONNX's attention has int8 or int4 in all layers; choose one, or drop it"
+        )
+    documents = calib_data.load(options.dataset)
+    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    length = min(options.seq_len, checkpoint.spec.plain_context)
+    windows = calib_data.sample(documents, tokenizer, NUM_SAMPLES, length, options.seed)
+    return channel_scales(checkpoint, windows, int(options.kv_cache[3:]))
 
 
 def texts_for(options: ExportOptions, checkpoint: Checkpoint) -> npt.NDArray[np.int32]:
@@ -117,3 +143,19 @@ def texts_for(options: ExportOptions, checkpoint: Checkpoint) -> npt.NDArray[np.
     length = min(MEASURED_TOKENS, checkpoint.spec.plain_context)
     documents = calib_data.load(options.dataset)
     return calib_data.sample(documents, tokenizer, MEASURED_WINDOWS, length, options.seed)
+
+
+def bits_of(options: ExportOptions, checkpoint: Checkpoint, form: Form) -> int:
+    """The fewest that anything is stored with."""
+    return min(form.fewest_bits(checkpoint), 16 if options.kv_cache is None else int(options.kv_cache[3:]))
+
+
+def cache_notes(options: ExportOptions) -> list[str]:
+    """Who reads a folder with a quantized cache."""
+    from qwen_quant.exporters.onnx_folder import READERS
+
+    if options.kv_cache not in READERS:
+        return []
+    return [
+        f"with the {options.kv_cache} cache it runs on {READERS[options.kv_cache]}; others have FP32 ones"
+    ]

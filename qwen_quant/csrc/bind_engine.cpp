@@ -99,6 +99,9 @@ void bind_engine(nb::module_& m) {
             const auto request = begin_request(e);
             e.truncate(n_tokens);
         }, nb::arg("n_tokens"))
+        .def("exact_past", &Engine::exact_past, nb::arg("n_tokens"),
+             "The longest context of at most n_tokens that truncate goes back to exactly.")
+        .def_prop_ro("exact_rewind", &Engine::exact_rewind)
         .def("reset", [](Engine& e) {
             const auto request = begin_request(e);
             e.reset();
@@ -119,6 +122,7 @@ void bind_engine(nb::module_& m) {
         .def_prop_ro("weight_bytes", &Engine::weight_bytes)
         .def_prop_ro("kv_bytes", &Engine::kv_bytes)
         .def_prop_ro("kv_bytes_per_token", &Engine::kv_bytes_per_token)
+        .def_prop_ro("kv_recent_bytes", &Engine::kv_recent_bytes)
         .def_prop_ro("scratch_bytes", &Engine::scratch_bytes);
 }
 

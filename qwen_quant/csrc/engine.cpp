@@ -52,7 +52,7 @@ Engine::Engine(std::shared_ptr<GgufFile> file, int n_threads, const std::string&
       model_(load_model(*file_, *kernels_)),
       team_(thread_count(n_threads)),
       kv_type_(cache_type_k == cache_type_v ? cache_type_k : cache_type_k + "/" + cache_type_v),
-      kv_(choose_kv_layout(*file_, model_, cache_type_k, cache_type_v), model_.config.n_kv_heads,
+      kv_(choose_kv_layout(*file_, model_, *kernels_, team_, cache_type_k, cache_type_v), model_.config.n_kv_heads,
           model_.config.head_dim),
       n_ctx_(context_or_fail(*file_, model_.config, n_ctx)),
       scratch_(static_cast<size_t>(team_.size())),
@@ -68,7 +68,7 @@ size_t Engine::weight_bytes() const {
 }
 
 size_t Engine::scratch_bytes() const {
-    size_t total = (rope_cos_.size() + rope_sin_.size()) * sizeof(float);
+    size_t total = (rope_cos_.size() + rope_sin_.size()) * sizeof(float) + kv_.scratch_bytes();
     for (const Buffer* b : {&hidden_, &qkv_, &attended_, &gate_, &up_, &residual_, &shared_floats_, &shared_int8_,
                             &router_logits_, &choices_, &gathered_floats_, &gathered_int8_, &gated_int8_}) {
         total += b->bytes();
@@ -128,6 +128,7 @@ void Engine::step(const int32_t* tokens, int64_t n_tokens, Logits which, float* 
     reserve_scratch(n_tokens);
     extend_rope_tables(n_past_ + n_tokens);
     kv_.reserve(n_past_ + n_tokens);
+    kv_.begin_step(n_past_, n_tokens);
     not_finite_.store(-1);
     const StepState state{tokens, n_tokens, n_past_, which, logits};
     team_.run([&](int id) { walk(id, state); });

@@ -36,6 +36,10 @@ public:
     // Appends up to kChunk tokens to the context. logits: [n_vocab] or [n_tokens, n_vocab] as asked.
     void step(const int32_t* tokens, int64_t n_tokens, Logits which, float* logits);
     void truncate(int64_t n_tokens);  // forgets what lies beyond the first n_tokens of the context
+    // The longest context of at most n_tokens that truncate goes back to with the same logits as if nothing had followed.
+    int64_t exact_past(int64_t n_tokens) const { return kv_.exact_past(n_tokens); }
+    // Tokens at the end of a step that can always be taken back so.
+    int64_t exact_rewind() const { return kv_.recent_bytes() ? kKvRecent : n_ctx_; }
     void reset();
     // The keys and values of the first n_tokens in one layer, as KvCache::layer_bytes describes them.
     size_t kv_layer_bytes(int64_t layer, int64_t n_tokens) const { return kv_.layer_bytes(layer, n_tokens); }
@@ -53,6 +57,7 @@ public:
     int n_threads() const { return team_.size(); }
     size_t weight_bytes() const;
     size_t kv_bytes() const { return kv_.bytes(); }
+    size_t kv_recent_bytes() const { return kv_.recent_bytes(); }
     const std::string& kv_type() const { return kv_type_; }
     double kv_bytes_per_token() const { return kv_.bytes_per_token(); }
     size_t scratch_bytes() const;
@@ -117,9 +122,10 @@ private:
     void attend(int id, const StepState& s, int64_t layer);
     void attend_group(int id, const StepState& s, int64_t layer, int64_t kv_head, int64_t t0, int64_t t1);
     void prepare_queries(int64_t layer, int64_t kv_head, int64_t n_rows, const AttentionRows& rows);
-    void score_block(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, int64_t n_rows,
+    // Both take n tokens from `begin` on, quantized unless `half_floats`.
+    void score_block(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, bool half_floats, int64_t n_rows,
                      const AttentionRows& rows);
-    void add_values(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, int64_t n_rows,
+    void add_values(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, bool half_floats, int64_t n_rows,
                     const AttentionRows& rows);
     void finish_row(int64_t layer, int64_t kv_head, float* out);
     void turn_centre(const KvHalf& keys, int64_t head, int64_t block, float* out) const;

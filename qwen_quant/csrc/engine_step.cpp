@@ -131,6 +131,7 @@ void Engine::finish_head(const StepState& s, int64_t index, int64_t unit) {
     const std::vector<float>& bias = is_q ? layer.q_bias : is_v ? layer.v_bias : layer.k_bias;
     const std::vector<float>& norm = is_q ? layer.q_norm : layer.k_norm;
     const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+    if (!is_q) kv_.begin_head(index, is_v, head);
     for (int64_t t = 0; t < s.n_tokens; ++t) {
         const int64_t position = s.first + t;
         float* x = qkv_.as<float>() + t * width + unit * dim;
@@ -147,6 +148,7 @@ void Engine::finish_head(const StepState& s, int64_t index, int64_t unit) {
             store_key(index, head, position, x);
         }
     }
+    if (!is_q) kv_.end_head(index, is_v, head);
 }
 
 // hidden += weight @ source

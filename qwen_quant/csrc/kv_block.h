@@ -22,6 +22,7 @@ constexpr int64_t kKvPage = 256;  // tokens
 constexpr int64_t kKvGroup = 32;  // channels of a token that share a scale
 constexpr int64_t kKvBlock = 64;  // tokens that attention takes at once; divides a page
 constexpr int64_t kKvUnit = 64;   // quantized heads are multiples of this
+constexpr int64_t kKvRecent = 32;  // positions in a stretch: a token reads its own stretch in FP16; divides a block
 constexpr int64_t kLargestHead = 1024;
 constexpr float kInt4Middle = 7.5f;
 

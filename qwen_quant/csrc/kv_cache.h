@@ -1,5 +1,6 @@
 // Keys and values. They grow page by page, so growing never copies; a page of one layer holds the keys of its heads and
-// then their values: in FP16 [kPage, head_dim] for each head, or quantized as kv_block.h says.
+// then their values: in FP16 [kPage, head_dim] for each head, or quantized as kv_block.h says. What is quantized is kept in
+// FP16 too while it is recent: see kv_recent.h.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include "buffer.h"
 #include "kv_block.h"
 #include "kv_layout.h"
+#include "kv_recent.h"
 
 namespace qq {
 
@@ -18,7 +20,11 @@ public:
     static constexpr int64_t kPage = kKvPage;
 
     KvCache(std::vector<KvLayer> layout, int64_t n_kv_heads, int64_t head_dim)
-        : layout_(std::move(layout)), n_kv_heads_(n_kv_heads), head_dim_(head_dim), pages_(layout_.size()) {}
+        : layout_(std::move(layout)),
+          n_kv_heads_(n_kv_heads),
+          head_dim_(head_dim),
+          pages_(layout_.size()),
+          recent_(layout_, n_kv_heads, head_dim) {}
 
     void reserve(int64_t n_tokens) {
         const size_t count = static_cast<size_t>((n_tokens + kPage - 1) / kPage);
@@ -29,7 +35,14 @@ public:
 
     void clear() {
         for (auto& layer : pages_) layer.clear();
+        recent_.clear();
     }
+
+    // Before the tokens at positions [first, first + n) are stored, which `reserve` has made room for.
+    void begin_step(int64_t first, int64_t n) { recent_.begin_step(first, n); }
+    // Around the storing of these tokens' keys (or values) of one head.
+    void begin_head(int64_t layer, bool values, int64_t head) { recent_.begin_head(layer, values, head); }
+    void end_head(int64_t layer, bool values, int64_t head) { recent_.end_head(layer, values, head); }
 
     const KvLayer& layout(int64_t layer) const { return layout_[static_cast<size_t>(layer)]; }
 
@@ -42,11 +55,21 @@ public:
                static_cast<size_t>(head) * value_bytes(layer);
     }
 
-    // FP16 [head_dim] of one position; the positions up to the end of the page follow.
-    uint16_t* key(int64_t layer, int64_t head, int64_t position) const {
+    int64_t exact_past(int64_t n) const { return recent_.bytes() ? recent_.exact_past(n) : n; }
+
+    // Where a token at `position` begins to read FP16.
+    int64_t half_from(int64_t layer, int64_t position) const {
+        return layout(layer).quantized() ? recent_.from(position) : 0;
+    }
+
+    // FP16 [head_dim] of one position from half_from on; the positions up to the end of the stretch follow, or of the page
+    // where nothing is quantized. Quantized keys and values are in the basis of their codes.
+    uint16_t* key(int64_t layer, int64_t head, int64_t position) {
+        if (layout(layer).key.quantized()) return recent_.at(layer, false, head, position);
         return reinterpret_cast<uint16_t*>(key_page(layer, head, position)) + position % kPage * head_dim_;
     }
-    uint16_t* value(int64_t layer, int64_t head, int64_t position) const {
+    uint16_t* value(int64_t layer, int64_t head, int64_t position) {
+        if (layout(layer).value.quantized()) return recent_.at(layer, true, head, position);
         return reinterpret_cast<uint16_t*>(value_page(layer, head, position)) + position % kPage * head_dim_;
     }
 
@@ -58,9 +81,10 @@ public:
         return tokens(layout(layer).value.type, value_page(layer, head, position), position % kPage, n);
     }
 
-    // The first n positions of one layer as one piece: all heads' keys, then their values; of a quantized page always all.
+    // The first n positions of one layer as one piece: all heads' keys, then their values; of a quantized page always all,
+    // and what is recent.
     size_t layer_bytes(int64_t layer, int64_t n) const {
-        size_t total = 0;
+        size_t total = recent_.layer_bytes(layer);
         for_each_run(layer, n, [&](uint8_t*, size_t bytes) { total += bytes; });
         return total;
     }
@@ -69,19 +93,23 @@ public:
             std::memcpy(out, run, bytes);
             out += bytes;
         });
+        recent_.copy_out(layer, out);
     }
     void copy_in(int64_t layer, int64_t n, const uint8_t* in) {
         for_each_run(layer, n, [&](uint8_t* run, size_t bytes) {
             std::memcpy(run, in, bytes);
             in += bytes;
         });
+        recent_.copy_in(layer, n, in);
     }
 
     size_t bytes() const {
-        size_t total = 0;
+        size_t total = recent_bytes();
         for (size_t layer = 0; layer < pages_.size(); ++layer) total += pages_[layer].size() * page_bytes(layer);
         return total;
     }
+    size_t recent_bytes() const { return recent_.bytes(); }   // of all layers, whatever the context
+    size_t scratch_bytes() const { return recent_.scratch_bytes(); }
 
     double bytes_per_token() const {
         size_t total = 0;
@@ -118,6 +146,7 @@ private:
     std::vector<KvLayer> layout_;
     int64_t n_kv_heads_, head_dim_;
     std::vector<std::vector<Buffer>> pages_;  // of each layer
+    RecentTokens recent_;
 };
 
 }  // namespace qq

@@ -25,7 +25,12 @@ GENAI = "genai_config.json"
 LAST_ONLY = "num_logits_to_keep"
 CHUNK = 256  # tokens of a prompt that run at once: Ctrl-C is seen in between, and all logits of a chunk fit
 FIRST_CAPACITY = 512  # positions of a shared buffer at first; it doubles when they are used up
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+}
 
 
 def is_onnx_folder(path: Path) -> bool:
@@ -96,6 +101,10 @@ class OnnxEngine:
             name: (value.shape[1], value.shape[3], _DTYPES[value.type]) for name, value in caches.items()
         }
         self._cache = cache(shapes, self.n_ctx)
+        self.kv_bytes_per_token = float(
+            sum(h * size * np.dtype(kind).itemsize for h, size, kind in shapes.values())
+        )
+        self.kv_recent_bytes = 0
 
     def _logits(self, folder: OnnxFolder) -> tuple[int, Any]:
         """Rows of the head, and the type of what it puts out."""
@@ -117,6 +126,10 @@ class OnnxEngine:
             raise QwenQuantError(f"cannot keep {n_tokens} tokens of a context that holds {self.n_past}")
         self._cache.truncate(n_tokens)
         self.n_past = n_tokens
+
+    def exact_past(self, n_tokens: int) -> int:
+        """As the C++ engine's: nothing is lost by truncating."""
+        return n_tokens
 
     def forward(
         self, tokens: npt.NDArray[np.int32], n_past: int, all_logits: bool = False

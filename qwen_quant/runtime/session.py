@@ -135,7 +135,11 @@ class Session:
         self._tokens.clear()
 
     def truncate(self, n_tokens: int) -> None:
-        """Keeps the first `n_tokens` of the context. Raises QwenQuantError when it holds fewer."""
+        """Keeps the first `n_tokens` of the context. Raises QwenQuantError when it holds fewer.
+
+        Far back in a quantized cache the tokens before the new end are left in few bits, where they would be read in
+        FP16; `keep_shared` avoids that.
+        """
         self.engine.truncate(n_tokens)
         del self._tokens[n_tokens:]
 
@@ -157,13 +161,15 @@ class Session:
     def keep_shared(self, tokens: Sequence[int]) -> Sequence[int]:
         """Keeps what the context and `tokens` begin with alike; returns the rest, which is to be prefilled.
 
-        The rest has at least one token, because the logits that follow it are not kept.
+        The rest has at least one token, because the logits that follow it are not kept. A quantized cache may go back
+        exactly to a little less only, and then the rest has some tokens more.
         """
         limit = max(min(len(self._tokens), len(tokens) - 1), 0)
         pairs = zip(self._tokens[:limit], tokens, strict=False)
         shared = next((i for i, (old, new) in enumerate(pairs) if old != new), limit)
-        self.truncate(shared)
-        return tokens[shared:]
+        kept = self.engine.exact_past(shared)
+        self.truncate(kept)
+        return tokens[kept:]
 
     def prefill(self, tokens: Sequence[int] | npt.NDArray[Any]) -> Logits:
         """Appends tokens to the context; logits [V] of the last.
@@ -207,8 +213,8 @@ class Session:
         they are the same ones. Afterwards, and while it runs, `timings` tells what it took. Raises as `prefill`
         does.
         """
-        if self.draft_max:
-            self.native("--lookup")
+        # What is drafted may have to be taken back.
+        draft_max = min(self.draft_max, self.native("--lookup").exact_rewind) if self.draft_max else 0
         sampler = Sampler(sampling or SamplingParams())
         history = [*self._tokens, *prompt_tokens]
         self.timings = timings = Timings(prompt_tokens=len(prompt_tokens))
@@ -217,7 +223,7 @@ class Session:
         timings.pp_s = time.perf_counter() - start
         if self.after_prompt:
             self.after_prompt()
-        steps = LookupSteps(self, self.draft_max) if self.draft_max else None
+        steps = LookupSteps(self, draft_max) if draft_max else None
         try:
             for index in range(max_tokens):
                 start = time.perf_counter()
