@@ -166,6 +166,7 @@ def command(
         n_ctx=ctx_size,
         cache_type_k=cache_type_k or kv_cache or "f16",
         cache_type_v=cache_type_v or kv_cache or "f16",
+        with_tokenizer=True,
     )
     session.draft_max = draft_max if lookup else 0
     request.check(session.tokenizer)

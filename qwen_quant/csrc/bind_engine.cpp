@@ -82,6 +82,7 @@ void bind_engine(nb::module_& m) {
         .def("__init__",
              [](Engine* self, std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx,
                 const std::string& cache_type_k, const std::string& cache_type_v) {
+                 const nb::gil_scoped_release release;  // weights take their time to pack
                  new (self) Engine(std::move(file), n_threads, isa, n_ctx, cache_type_k, cache_type_v);
              },
              nb::arg("file"), nb::arg("n_threads") = 0, nb::arg("isa") = "auto", nb::arg("n_ctx") = 0,
@@ -89,7 +90,9 @@ void bind_engine(nb::module_& m) {
         .def("__init__",
              [](Engine* self, nb::handle path, int n_threads, const std::string& isa, int64_t n_ctx,
                 const std::string& cache_type_k, const std::string& cache_type_v) {
-                 new (self) Engine(std::make_shared<GgufFile>(file_path(path)), n_threads, isa, n_ctx, cache_type_k, cache_type_v);
+                 auto file = std::make_shared<GgufFile>(file_path(path));
+                 const nb::gil_scoped_release release;
+                 new (self) Engine(std::move(file), n_threads, isa, n_ctx, cache_type_k, cache_type_v);
              },
              nb::arg("path"), nb::arg("n_threads") = 0, nb::arg("isa") = "auto", nb::arg("n_ctx") = 0,
              nb::arg("cache_type_k") = "f16", nb::arg("cache_type_v") = "f16")

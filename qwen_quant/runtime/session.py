@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from qwen_quant import _core
 from qwen_quant.errors import QwenQuantError, UsageError
+from qwen_quant.runtime.background import Background
 from qwen_quant.runtime.gguf import GGUFFile
 from qwen_quant.runtime.lookup import LookupSteps
 from qwen_quant.runtime.onnx import OnnxEngine, OnnxFolder, is_onnx_folder
@@ -64,6 +65,7 @@ class Session:
         self.after_prompt: Callable[[], None] | None = None
         self.timings = Timings()
         self._tokens: list[int] = []
+        self._coming_tokenizer: Background[Tokenizer] | None = None
 
     @classmethod
     def open(
@@ -75,8 +77,9 @@ class Session:
         n_ctx: int | None = None,
         cache_type_k: str = "f16",
         cache_type_v: str = "f16",
+        with_tokenizer: bool = False,
     ) -> Session:
-        """Opens a GGUF file or an ONNX folder.
+        """Opens a GGUF file or an ONNX folder; `with_tokenizer` builds the tokenizer while the weights are loaded.
 
         `n_threads` None takes as many CPUs as a short trial finds fastest; `isa` is auto, scalar, avx2 or avx512vnni;
         `n_ctx` overrides the context length in the file; the cache of keys and values is f16, int8, int4 or
@@ -91,8 +94,11 @@ class Session:
             folder = OnnxFolder(path)
             return cls(folder, OnnxEngine(folder, n_threads or 0, n_ctx or 0))
         file = GGUFFile(path)
+        tokenizer = Background(file.load_tokenizer) if with_tokenizer else None
         engine = _core.Engine(file.core, n_threads or 0, isa, n_ctx or 0, cache_type_k, cache_type_v)
-        return cls(file, engine)
+        session = cls(file, engine)
+        session._coming_tokenizer = tokenizer
+        return session
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -122,7 +128,8 @@ class Session:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer stored in the file."""
-        return self.file.load_tokenizer()
+        coming = self._coming_tokenizer
+        return coming.result() if coming else self.file.load_tokenizer()
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
