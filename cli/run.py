@@ -88,6 +88,16 @@ Seed = Annotated[
     int | None,
     typer.Option("--seed", show_default=False, help="Makes sampling repeatable; random by default."),
 ]
+Samples = Annotated[
+    int,
+    typer.Option(
+        "--samples",
+        min=1,
+        max=256,
+        help="Write this many answers, side by side: the prompt is read once, the weights once for a token of each. "
+        "Seeds count up from --seed.",
+    ),
+]
 Lookup = Annotated[
     bool,
     typer.Option(
@@ -139,6 +149,7 @@ def command(
     min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
+    samples: Samples = 1,
     lookup: Lookup = False,
     draft_max: DraftMax = 8,
     ctx_size: CtxSize = None,
@@ -152,10 +163,13 @@ def command(
 ) -> None:
     """Generate text on the CPU from a GGUF file or a checkpoint; without a prompt, chat on the terminal."""
     from qwen_quant.cli.prompts import read_request
+    from qwen_quant.errors import UsageError
     from qwen_quant.runtime.sampling import SamplingParams
     from qwen_quant.runtime.session import Session
 
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    if samples > 1 and (lookup or prompt_cache):
+        raise UsageError("--samples goes without --lookup and --prompt-cache; leave them out")
     request = read_request(
         prompt, file, messages, tools, system=system, raw=raw, thinking=thinking, json=json
     )
@@ -170,15 +184,20 @@ def command(
     )
     session.draft_max = draft_max if lookup else 0
     request.check(session.tokenizer)
+    limit = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
     save = kept_prompt(session, prompt_cache) if prompt_cache else None
     if request.interactive:
         chat(session, request, sampling, max_tokens)
         if save:
             save()
+    elif samples > 1:
+        from qwen_quant.cli.samples import complete_all
+
+        complete_all(session, request, sampling, limit, samples)
     else:
         session.after_prompt = save
         answer = go_on if request.is_plain(session.tokenizer) else complete
-        answer(session, request, sampling, DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
+        answer(session, request, sampling, limit)
 
 
 def kept_prompt(session: Session, path: Path) -> Callable[[], None]:

@@ -1,10 +1,13 @@
-// Keys and values. They grow page by page, so growing never copies; a page of one layer holds the keys of its heads and
-// then their values: in FP16 [kPage, head_dim] for each head, or quantized as kv_block.h says.
+// Keys and values of one or several sequences. They grow page by page, so growing never copies, and sequences that begin
+// alike share pages; a page of one layer holds the keys of its heads and then their values: in FP16 [kPage, head_dim] for
+// each head, or quantized as kv_block.h says.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <unordered_set>
 #include <vector>
 
 #include "buffer.h"
@@ -20,25 +23,46 @@ public:
     KvCache(std::vector<KvLayer> layout, int64_t n_kv_heads, int64_t head_dim)
         : layout_(std::move(layout)), n_kv_heads_(n_kv_heads), head_dim_(head_dim), pages_(layout_.size()) {}
 
-    void reserve(int64_t n_tokens) {
-        const size_t count = static_cast<size_t>((n_tokens + kPage - 1) / kPage);
-        for (size_t layer = 0; layer < pages_.size(); ++layer) {
-            while (pages_[layer].size() < count) pages_[layer].emplace_back(page_bytes(layer));
+    // How many sequences there are; new ones are empty.
+    void resize(int64_t n_sequences) { pages_.resize(static_cast<size_t>(n_sequences) * layout_.size()); }
+
+    // What the functions below call `layer` is this number: a layer of the first sequence is its own.
+    int64_t place(int64_t sequence, int64_t layer) const {
+        return sequence * static_cast<int64_t>(layout_.size()) + layer;
+    }
+
+    // Room for the tokens [begin, end) of a sequence, in pages that no other sequence reads.
+    void reserve(int64_t sequence, int64_t begin, int64_t end) {
+        for (int64_t layer = 0; layer < place(1, 0); ++layer) {
+            Pages& pages = pages_[place(sequence, layer)];
+            const size_t first = static_cast<size_t>(begin / kPage), count = static_cast<size_t>((end + kPage - 1) / kPage);
+            while (pages.size() < count) pages.push_back(std::make_shared<Buffer>(page_bytes(layer)));
+            for (size_t i = first; i < count; ++i) {
+                if (pages[i].use_count() == 1) continue;
+                const std::shared_ptr<Buffer> shared = pages[i];
+                pages[i] = std::make_shared<Buffer>(page_bytes(layer));
+                std::memcpy(pages[i]->data(), shared->data(), page_bytes(layer));
+            }
         }
     }
 
-    void clear() {
-        for (auto& layer : pages_) layer.clear();
+    // Gives the pages of the first sequence to another one as well.
+    void share(int64_t sequence) {
+        std::copy(pages_.begin(), pages_.begin() + place(1, 0), pages_.begin() + place(sequence, 0));
     }
 
-    const KvLayer& layout(int64_t layer) const { return layout_[static_cast<size_t>(layer)]; }
+    void clear() {
+        for (Pages& pages : pages_) pages.clear();
+    }
+
+    const KvLayer& layout(int64_t layer) const { return layout_[static_cast<size_t>(layer) % layout_.size()]; }
 
     // A head's keys (values) of the page that `position` lies in.
     uint8_t* key_page(int64_t layer, int64_t head, int64_t position) const {
-        return pages_[layer][position / kPage].data() + static_cast<size_t>(head) * key_bytes(layer);
+        return pages_[layer][position / kPage]->data() + static_cast<size_t>(head) * key_bytes(layer);
     }
     uint8_t* value_page(int64_t layer, int64_t head, int64_t position) const {
-        return pages_[layer][position / kPage].data() + static_cast<size_t>(n_kv_heads_) * key_bytes(layer) +
+        return pages_[layer][position / kPage]->data() + static_cast<size_t>(n_kv_heads_) * key_bytes(layer) +
                static_cast<size_t>(head) * value_bytes(layer);
     }
 
@@ -78,14 +102,19 @@ public:
     }
 
     size_t bytes() const {
+        std::unordered_set<const Buffer*> counted;
         size_t total = 0;
-        for (size_t layer = 0; layer < pages_.size(); ++layer) total += pages_[layer].size() * page_bytes(layer);
+        for (const Pages& pages : pages_) {
+            for (const std::shared_ptr<Buffer>& page : pages) {
+                if (counted.insert(page.get()).second) total += page->bytes();
+            }
+        }
         return total;
     }
 
     double bytes_per_token() const {
         size_t total = 0;
-        for (size_t layer = 0; layer < pages_.size(); ++layer) total += page_bytes(layer);
+        for (int64_t layer = 0; layer < place(1, 0); ++layer) total += page_bytes(layer);
         return static_cast<double>(total) / kPage;
     }
 
@@ -106,9 +135,11 @@ private:
         }
     }
 
-    size_t key_bytes(size_t layer) const { return kv_head_bytes(layout_[layer].key.type, head_dim_); }
-    size_t value_bytes(size_t layer) const { return kv_head_bytes(layout_[layer].value.type, head_dim_); }
-    size_t page_bytes(size_t layer) const {
+    using Pages = std::vector<std::shared_ptr<Buffer>>;
+
+    size_t key_bytes(int64_t layer) const { return kv_head_bytes(layout(layer).key.type, head_dim_); }
+    size_t value_bytes(int64_t layer) const { return kv_head_bytes(layout(layer).value.type, head_dim_); }
+    size_t page_bytes(int64_t layer) const {
         return static_cast<size_t>(n_kv_heads_) * (key_bytes(layer) + value_bytes(layer));
     }
     KvTokens tokens(KvType type, const uint8_t* page, int64_t slot, int64_t n) const {
@@ -117,7 +148,7 @@ private:
 
     std::vector<KvLayer> layout_;
     int64_t n_kv_heads_, head_dim_;
-    std::vector<std::vector<Buffer>> pages_;  // of each layer
+    std::vector<Pages> pages_;  // of each layer of each sequence
 };
 
 }  // namespace qq

@@ -82,7 +82,7 @@ class EngineProvider:
         return None if isinstance(engine, OnnxEngine) else engine.kv_bytes_per_token
 
     def window_logits(self, tokens: Tokens, first: int = 0) -> Logits:
-        return self.session.logits(tokens)[first:]
+        return self.session.logits(tokens, first)
 
 
 def open_provider(

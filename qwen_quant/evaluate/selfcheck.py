@@ -115,7 +115,7 @@ def _check_greedy(
     """Whether the first token after the prompt is the reference's; that steps agree with reading at once is checked."""
     session.reset()
     made = list(session.generate(prompt.tolist(), GREEDY))
-    at_once = session.logits([*prompt.tolist(), *made])[len(prompt) - 1 : -1]  # [GREEDY, V]
+    at_once = session.logits([*prompt.tolist(), *made], len(prompt) - 1)[:-1]  # [GREEDY, V]
     behind = at_once.max(axis=-1) - at_once[np.arange(len(made)), made]
     if (behind > NEAR_TIE).any():
         raise FormatError(
