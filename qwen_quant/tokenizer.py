@@ -1,7 +1,7 @@
 """Tokenizer: Qwen's byte-level BPE, from a checkpoint's folder or from the metadata of a GGUF file.
 
-It needs only the `tokenizers` library. Added tokens (`<|im_end|>`, `<think>`) are found in text only where
-the caller asks for it; text from a user never turns into one.
+It needs only the `tokenizers` library, and jinja2 once a conversation is rendered. Added tokens (`<|im_end|>`,
+`<think>`) are found in text only where the caller asks for it; text from a user never turns into one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
-from qwen_quant import chat
 from qwen_quant.byte_level import spelling_to_bytes
 from qwen_quant.chat_messages import Messages, Tools, check_tools, normalize
 from qwen_quant.errors import ConfigError, FormatError
@@ -177,6 +176,8 @@ class Tokenizer:
         """The conversation as the model's text, for people to read; ids come from `apply_chat_template`."""
         check_tools(tools)
         variables = self._variables(normalize(messages), add_generation_prompt, enable_thinking, tools)
+        from qwen_quant import chat
+
         return chat.render(self._template(), self._where, variables)
 
     def apply_chat_template(
@@ -195,6 +196,8 @@ class Tokenizer:
         because the model had written them as such. Without a template of its own a model gets plain ChatML.
         Raises UsageError for malformed messages or tools, ConfigError when the template fails.
         """
+        from qwen_quant import chat
+
         messages = normalize(messages)
         check_tools(tools)
         contents = [token.content for token in self.added_tokens.values()]
@@ -212,7 +215,11 @@ class Tokenizer:
         template = self._special.chat_template
         if template is None and self.token_id("<|im_start|>") is None:
             raise ConfigError(f"{self._where}: has no chat_template and no <|im_start|> token; pass --raw")
-        return chat.CHATML if template is None else template
+        if template is not None:
+            return template
+        from qwen_quant.chat import CHATML
+
+        return CHATML
 
     def _variables(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,6 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from qwen_quant import tokenizer_ranks
-from qwen_quant.chat import CHATML_WITH_SYSTEM
 from qwen_quant.errors import ConfigError, FormatError
 
 # How Qwen2, Qwen2.5 and Qwen3 cut text into words before merging; llama.cpp calls it pre-tokenizer "qwen2".
@@ -79,6 +80,8 @@ def read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, SpecialTokens, str]
     ids = tuple(dict.fromkeys(i for i in eos if isinstance(i, int)))
     template = _read_template(folder, config)
     if template is None and generation.get("chat_format") == "chatml":
+        from qwen_quant.chat import CHATML_WITH_SYSTEM
+
         template = CHATML_WITH_SYSTEM  # Qwen (1) has its template in code
     return backend, SpecialTokens(ids, named, template), str(path)
 
@@ -121,7 +124,19 @@ def _read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> tokenizers.To
 
 def split_merges(merges: Iterable[str]) -> list[tuple[str, str]]:
     """Merges ("left right") as pairs. Raises ValueError for one that is not two tokens."""
-    return [(left, right) for left, right in (merge.split(" ", 1) for merge in merges)]
+    return [(left, right) for merge in merges for left, right in (merge.split(" ", 1),)]
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Python looks for cycles after every few hundred tuples, and there are a hundred thousand without one."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
@@ -201,8 +216,9 @@ def read_gguf(
         )
     vocab = {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
     try:
-        pairs = split_merges(merges)
-        backend = byte_level_bpe(vocab, pairs)
+        with collector_paused():
+            pairs = split_merges(merges)
+            backend = byte_level_bpe(vocab, pairs)
     except Exception as error:
         raise FormatError(
             f"{where}: tokenizer.ggml.merges does not fit the tokens ({error}); export the file again"

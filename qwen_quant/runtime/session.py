@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from qwen_quant import _core
 from qwen_quant.errors import QwenQuantError, UsageError
-from qwen_quant.runtime.background import Background
 from qwen_quant.runtime.gguf import GGUFFile
+from qwen_quant.runtime.loading import Loading
 from qwen_quant.runtime.lookup import LookupSteps
 from qwen_quant.runtime.onnx import OnnxEngine, OnnxFolder, is_onnx_folder
 from qwen_quant.runtime.sampling import Sampler, SamplingParams
@@ -58,14 +58,13 @@ class Session:
     called when `generate` has read its prompt.
     """
 
-    def __init__(self, file: GGUFFile | OnnxFolder, engine: _core.Engine | OnnxEngine) -> None:
+    def __init__(self, file: GGUFFile | OnnxFolder, engine: _core.Engine | OnnxEngine | Loading) -> None:
         self.file = file
-        self.engine = engine
+        self._engine = engine
         self.draft_max = 0
         self.after_prompt: Callable[[], None] | None = None
         self.timings = Timings()
         self._tokens: list[int] = []
-        self._coming_tokenizer: Background[Tokenizer] | None = None
 
     @classmethod
     def open(
@@ -77,9 +76,8 @@ class Session:
         n_ctx: int | None = None,
         cache_type_k: str = "f16",
         cache_type_v: str = "f16",
-        with_tokenizer: bool = False,
     ) -> Session:
-        """Opens a GGUF file or an ONNX folder; `with_tokenizer` builds the tokenizer while the weights are loaded.
+        """Opens a GGUF file or an ONNX folder.
 
         `n_threads` None takes as many CPUs as a short trial finds fastest; `isa` is auto, scalar, avx2 or avx512vnni;
         `n_ctx` overrides the context length in the file; the cache of keys and values is f16, int8, int4 or
@@ -94,11 +92,21 @@ class Session:
             folder = OnnxFolder(path)
             return cls(folder, OnnxEngine(folder, n_threads or 0, n_ctx or 0))
         file = GGUFFile(path)
-        tokenizer = Background(file.load_tokenizer) if with_tokenizer else None
         engine = _core.Engine(file.core, n_threads or 0, isa, n_ctx or 0, cache_type_k, cache_type_v)
-        session = cls(file, engine)
-        session._coming_tokenizer = tokenizer
-        return session
+        return cls(file, engine)
+
+    @classmethod
+    def of(cls, loading: Loading) -> Session:
+        """The session of a GGUF file whose weights may still be loading. `engine` waits for them, and so does what
+        needs it: errors come there."""
+        return cls(GGUFFile(loading.core), loading)
+
+    @property
+    def engine(self) -> _core.Engine | OnnxEngine:
+        """What computes."""
+        if isinstance(self._engine, Loading):
+            self._engine = self._engine.engine()
+        return self._engine
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -128,8 +136,7 @@ class Session:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer stored in the file."""
-        coming = self._coming_tokenizer
-        return coming.result() if coming else self.file.load_tokenizer()
+        return self.file.load_tokenizer()
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
