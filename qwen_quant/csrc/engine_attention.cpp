@@ -184,7 +184,8 @@ void Engine::score_block(int64_t layer, int64_t kv_head, int64_t begin, int64_t 
     const int64_t dim = model_.config.head_dim, half = dim / 2;
     const KvHalf& keys = kv_.layout(layer).key;
     if (!keys.quantized()) {
-        kernels_->attend_scores(rows.q, n_rows, kv_.key(layer, kv_head, begin), n, dim, rows.scores, kKvBlock);
+        kernels_->attend_scores(rows.q, n_rows, kv_.key(layer, kv_head, begin), n, dim, rows.scores, kKvBlock,
+                                kv_.value_codes(layer, kv_head, begin));
         return;
     }
     kernels_->kv[static_cast<int>(keys.type)].scores(rows.codes, n_rows, kv_.keys(layer, kv_head, begin, n),
@@ -211,8 +212,9 @@ void Engine::add_values(int64_t layer, int64_t kv_head, int64_t begin, int64_t n
                         const AttentionRows& rows) {
     const KvHalf& values = kv_.layout(layer).value;
     if (!values.quantized()) {
+        const uint8_t* ahead = kv_.key_codes(layer, kv_head, kv_.following(begin, n));
         kernels_->attend_values(rows.scores, kKvBlock, rows.rescale, n_rows, kv_.value(layer, kv_head, begin), n,
-                                model_.config.head_dim, rows.acc);
+                                model_.config.head_dim, rows.acc, ahead);
         return;
     }
     kernels_->kv[static_cast<int>(values.type)].values(rows.scores, kKvBlock, rows.rescale, n_rows,

@@ -1,5 +1,6 @@
-// Keys and values. They grow page by page, so growing never copies; a page of one layer holds the keys of its heads and
-// then their values: in FP16 [kPage, head_dim] for each head, or quantized as kv_block.h says.
+// Keys and values. They grow page by page, so growing never copies. A page holds its tokens' keys and values of all
+// layers, large enough for large pages of the system; each layer's part the keys of its heads and then their values: in
+// FP16 [kPage, head_dim] for each head, or quantized as kv_block.h says.
 #pragma once
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include "buffer.h"
 #include "kv_block.h"
 #include "kv_layout.h"
+#include "large_pages.h"
 
 namespace qq {
 
@@ -18,27 +20,31 @@ public:
     static constexpr int64_t kPage = kKvPage;
 
     KvCache(std::vector<KvLayer> layout, int64_t n_kv_heads, int64_t head_dim)
-        : layout_(std::move(layout)), n_kv_heads_(n_kv_heads), head_dim_(head_dim), pages_(layout_.size()) {}
-
-    void reserve(int64_t n_tokens) {
-        const size_t count = static_cast<size_t>((n_tokens + kPage - 1) / kPage);
-        for (size_t layer = 0; layer < pages_.size(); ++layer) {
-            while (pages_[layer].size() < count) pages_[layer].emplace_back(page_bytes(layer));
+        : layout_(std::move(layout)), n_kv_heads_(n_kv_heads), head_dim_(head_dim) {
+        for (size_t layer = 0; layer < layout_.size(); ++layer) {
+            layer_at_.push_back(page_bytes_);
+            page_bytes_ += static_cast<size_t>(n_kv_heads_) * (key_bytes(layer) + value_bytes(layer));
         }
     }
 
-    void clear() {
-        for (auto& layer : pages_) layer.clear();
+    void reserve(int64_t n_tokens) {
+        const size_t count = static_cast<size_t>((n_tokens + kPage - 1) / kPage);
+        while (pages_.size() < count) {
+            pages_.emplace_back(page_bytes_);
+            advise_large_pages(pages_.back());
+        }
     }
+
+    void clear() { pages_.clear(); }
 
     const KvLayer& layout(int64_t layer) const { return layout_[static_cast<size_t>(layer)]; }
 
     // A head's keys (values) of the page that `position` lies in.
     uint8_t* key_page(int64_t layer, int64_t head, int64_t position) const {
-        return pages_[layer][position / kPage].data() + static_cast<size_t>(head) * key_bytes(layer);
+        return layer_page(layer, position) + static_cast<size_t>(head) * key_bytes(layer);
     }
     uint8_t* value_page(int64_t layer, int64_t head, int64_t position) const {
-        return pages_[layer][position / kPage].data() + static_cast<size_t>(n_kv_heads_) * key_bytes(layer) +
+        return layer_page(layer, position) + static_cast<size_t>(n_kv_heads_) * key_bytes(layer) +
                static_cast<size_t>(head) * value_bytes(layer);
     }
 
@@ -50,12 +56,30 @@ public:
         return reinterpret_cast<uint16_t*>(value_page(layer, head, position)) + position % kPage * head_dim_;
     }
 
-    // Quantized, the n positions from a multiple of kKvBlock on, all in one page.
+    // The position after n others, where there is room for it.
+    int64_t following(int64_t position, int64_t n) const {
+        return position + n < static_cast<int64_t>(pages_.size()) * kPage ? position + n : position;
+    }
+
+    // The codes from `position` on, up to the end of the page, whatever their type.
+    const uint8_t* key_codes(int64_t layer, int64_t head, int64_t position) const {
+        return key_page(layer, head, position) + kv_codes_at(layout(layer).key.type, head_dim_, position % kPage);
+    }
+    const uint8_t* value_codes(int64_t layer, int64_t head, int64_t position) const {
+        return value_page(layer, head, position) + kv_codes_at(layout(layer).value.type, head_dim_, position % kPage);
+    }
+
+    // Quantized, the n positions from a multiple of kKvBlock on, all in one page. The values of a block are wanted
+    // after its keys, and the next block's keys after them.
     KvTokens keys(int64_t layer, int64_t head, int64_t position, int64_t n) const {
-        return tokens(layout(layer).key.type, key_page(layer, head, position), position % kPage, n);
+        const uint8_t* scales = key_page(layer, head, position) + kv_code_bytes(layout(layer).key.type, head_dim_);
+        return {key_codes(layer, head, position), scales + position % kPage, n, head_dim_,
+                value_codes(layer, head, position)};
     }
     KvTokens values(int64_t layer, int64_t head, int64_t position, int64_t n) const {
-        return tokens(layout(layer).value.type, value_page(layer, head, position), position % kPage, n);
+        const uint8_t* scales = value_page(layer, head, position) + kv_code_bytes(layout(layer).value.type, head_dim_);
+        return {value_codes(layer, head, position), scales + position % kPage, n, head_dim_,
+                key_codes(layer, head, following(position, n))};
     }
 
     // The first n positions of one layer as one piece: all heads' keys, then their values; of a quantized page always all.
@@ -77,17 +101,9 @@ public:
         });
     }
 
-    size_t bytes() const {
-        size_t total = 0;
-        for (size_t layer = 0; layer < pages_.size(); ++layer) total += pages_[layer].size() * page_bytes(layer);
-        return total;
-    }
+    size_t bytes() const { return pages_.size() * page_bytes_; }
 
-    double bytes_per_token() const {
-        size_t total = 0;
-        for (size_t layer = 0; layer < pages_.size(); ++layer) total += page_bytes(layer);
-        return static_cast<double>(total) / kPage;
-    }
+    double bytes_per_token() const { return static_cast<double>(page_bytes_) / kPage; }
 
 private:
     // Calls visit(begin, bytes) for the stretches that the first n positions lie in.
@@ -108,16 +124,14 @@ private:
 
     size_t key_bytes(size_t layer) const { return kv_head_bytes(layout_[layer].key.type, head_dim_); }
     size_t value_bytes(size_t layer) const { return kv_head_bytes(layout_[layer].value.type, head_dim_); }
-    size_t page_bytes(size_t layer) const {
-        return static_cast<size_t>(n_kv_heads_) * (key_bytes(layer) + value_bytes(layer));
+    uint8_t* layer_page(int64_t layer, int64_t position) const {
+        return pages_[static_cast<size_t>(position / kPage)].data() + layer_at_[static_cast<size_t>(layer)];
     }
-    KvTokens tokens(KvType type, const uint8_t* page, int64_t slot, int64_t n) const {
-        return {page + kv_codes_at(type, head_dim_, slot), page + kv_code_bytes(type, head_dim_) + slot, n, head_dim_};
-    }
-
     std::vector<KvLayer> layout_;
     int64_t n_kv_heads_, head_dim_;
-    std::vector<std::vector<Buffer>> pages_;  // of each layer
+    std::vector<size_t> layer_at_;  // where a layer's part of a page begins
+    size_t page_bytes_ = 0;
+    std::vector<Buffer> pages_;
 };
 
 }  // namespace qq
