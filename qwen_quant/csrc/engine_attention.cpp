@@ -187,7 +187,7 @@ void Engine::score_block(int64_t layer, int64_t kv_head, int64_t begin, int64_t 
                                                          rows.scores, kKvBlock);
     } else {
         kernels_->attend_scores(keys.quantized() ? rows.turned : rows.q, n_rows, kv_.key(layer, kv_head, begin), n, dim,
-                                rows.scores, kKvBlock);
+                                rows.scores, kKvBlock, kv_.value_codes(layer, kv_head, begin));
     }
     if (keys.centre.empty() || keys.pairs[kv_head].empty()) return;
     // A query's product with the turned centre u, j positions on: of each pair (q1 u1 + q2 u2) cos + (q2 u1 - q1 u2) sin.
@@ -211,8 +211,9 @@ void Engine::add_values(int64_t layer, int64_t kv_head, int64_t begin, int64_t n
                         const AttentionRows& rows) {
     const KvHalf& values = kv_.layout(layer).value;
     if (half_floats || !values.quantized()) {
+        const uint8_t* ahead = kv_.key_codes(layer, kv_head, kv_.following(layer, begin, n));
         kernels_->attend_values(rows.scores, kKvBlock, rows.rescale, n_rows, kv_.value(layer, kv_head, begin), n,
-                                model_.config.head_dim, rows.acc);
+                                model_.config.head_dim, rows.acc, ahead);
         return;
     }
     kernels_->kv[static_cast<int>(values.type)].values(rows.scores, kKvBlock, rows.rescale, n_rows,

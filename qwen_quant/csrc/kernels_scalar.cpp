@@ -159,7 +159,7 @@ void to_half(const float* x, int64_t n, uint16_t* out) {
 // ---- attention --------------------------------------------------------------------------------------------------
 
 void attend_scores(const float* q, int64_t n_q, const uint16_t* keys, int64_t n_keys, int64_t dim, float* scores,
-                   int64_t ld_scores) {
+                   int64_t ld_scores, const uint8_t*) {
     for (int64_t i = 0; i < n_q; ++i) {
         for (int64_t j = 0; j < n_keys; ++j) {
             float sum = 0;
@@ -182,7 +182,7 @@ float softmax_block(float* scores, int64_t valid, int64_t n, float* running_max,
 }
 
 void attend_values(const float* probabilities, int64_t ld_p, const float* rescale, int64_t n_q,
-                   const uint16_t* values, int64_t n_keys, int64_t dim, float* acc) {
+                   const uint16_t* values, int64_t n_keys, int64_t dim, float* acc, const uint8_t*) {
     for (int64_t i = 0; i < n_q; ++i) {
         float* out = acc + i * dim;
         for (int64_t d = 0; d < dim; ++d) out[d] *= rescale[i];

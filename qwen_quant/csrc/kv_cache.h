@@ -1,6 +1,7 @@
 // Keys and values of one or several sequences. They grow page by page, so growing never copies, and sequences that begin
-// alike share pages; a page of one layer holds the keys of its heads and then their values: in FP16 [kPage, head_dim] for
-// each head, or quantized as kv_block.h says. What is quantized is kept in FP16 too while it is recent: see kv_recent.h.
+// alike share pages. A page holds its tokens' keys and values of all layers, large enough for large pages of the system;
+// each layer's part the keys of its heads and then their values: in FP16 [kPage, head_dim] for each head, or quantized as
+// kv_block.h says. What is quantized is kept in FP16 too while it is recent: see kv_recent.h.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include "kv_block.h"
 #include "kv_layout.h"
 #include "kv_recent.h"
+#include "large_pages.h"
 
 namespace qq {
 
@@ -25,12 +27,17 @@ public:
         : layout_(std::move(layout)),
           n_kv_heads_(n_kv_heads),
           head_dim_(head_dim),
-          pages_(layout_.size()),
-          recent_(1, RecentTokens(layout_, n_kv_heads, head_dim)) {}
+          recent_(1, RecentTokens(layout_, n_kv_heads, head_dim)) {
+        for (int64_t layer = 0; layer < place(1, 0); ++layer) {
+            layer_at_.push_back(page_bytes_);
+            page_bytes_ += static_cast<size_t>(n_kv_heads_) * (key_bytes(layer) + value_bytes(layer));
+        }
+        resize(1);
+    }
 
     // How many sequences there are; new ones are empty.
     void resize(int64_t n_sequences) {
-        pages_.resize(static_cast<size_t>(n_sequences) * layout_.size());
+        pages_.resize(static_cast<size_t>(n_sequences));
         recent_.resize(static_cast<size_t>(n_sequences), RecentTokens(layout_, n_kv_heads_, head_dim_));
     }
 
@@ -41,23 +48,21 @@ public:
 
     // Room for the tokens [begin, end) of a sequence, in pages that no other sequence reads.
     void reserve(int64_t sequence, int64_t begin, int64_t end) {
-        for (int64_t layer = 0; layer < place(1, 0); ++layer) {
-            Pages& pages = pages_[place(sequence, layer)];
-            const size_t first = static_cast<size_t>(begin / kPage), count = static_cast<size_t>((end + kPage - 1) / kPage);
-            while (pages.size() < count) pages.push_back(std::make_shared<Buffer>(page_bytes(layer)));
-            for (size_t i = first; i < count; ++i) {
-                if (pages[i].use_count() == 1) continue;
-                const std::shared_ptr<Buffer> shared = pages[i];
-                pages[i] = std::make_shared<Buffer>(page_bytes(layer));
-                std::memcpy(pages[i]->data(), shared->data(), page_bytes(layer));
-            }
+        Pages& pages = pages_[static_cast<size_t>(sequence)];
+        const size_t first = static_cast<size_t>(begin / kPage), count = static_cast<size_t>((end + kPage - 1) / kPage);
+        while (pages.size() < count) pages.push_back(new_page());
+        for (size_t i = first; i < count; ++i) {
+            if (pages[i].use_count() == 1) continue;
+            const std::shared_ptr<Buffer> shared = pages[i];
+            pages[i] = new_page();
+            std::memcpy(pages[i]->data(), shared->data(), page_bytes_);
         }
     }
 
     // Gives the pages of the first sequence to another one as well.
     void share(int64_t sequence) {
         recent_[static_cast<size_t>(sequence)] = recent_[0];
-        std::copy(pages_.begin(), pages_.begin() + place(1, 0), pages_.begin() + place(sequence, 0));
+        pages_[static_cast<size_t>(sequence)] = pages_[0];
     }
 
     void clear() {
@@ -66,19 +71,21 @@ public:
     }
 
     // Before a sequence's tokens at positions [first, first + n) are stored, which `reserve` has made room for.
-    void begin_step(int64_t sequence, int64_t first, int64_t n) { recent_[static_cast<size_t>(sequence)].begin_step(first, n); }
+    void begin_step(int64_t sequence, int64_t first, int64_t n) {
+        recent_[static_cast<size_t>(sequence)].begin_step(first, n);
+    }
     // Around the storing of these tokens' keys (or values) of one head.
     void begin_head(int64_t layer, bool values, int64_t head) { recent(layer).begin_head(own(layer), values, head); }
     void end_head(int64_t layer, bool values, int64_t head) { recent(layer).end_head(own(layer), values, head); }
 
-    const KvLayer& layout(int64_t layer) const { return layout_[static_cast<size_t>(layer) % layout_.size()]; }
+    const KvLayer& layout(int64_t layer) const { return layout_[static_cast<size_t>(own(layer))]; }
 
     // A head's keys (values) of the page that `position` lies in.
     uint8_t* key_page(int64_t layer, int64_t head, int64_t position) const {
-        return pages_[layer][position / kPage]->data() + static_cast<size_t>(head) * key_bytes(layer);
+        return layer_page(layer, position) + static_cast<size_t>(head) * key_bytes(layer);
     }
     uint8_t* value_page(int64_t layer, int64_t head, int64_t position) const {
-        return pages_[layer][position / kPage]->data() + static_cast<size_t>(n_kv_heads_) * key_bytes(layer) +
+        return layer_page(layer, position) + static_cast<size_t>(n_kv_heads_) * key_bytes(layer) +
                static_cast<size_t>(head) * value_bytes(layer);
     }
 
@@ -100,12 +107,30 @@ public:
         return reinterpret_cast<uint16_t*>(value_page(layer, head, position)) + position % kPage * head_dim_;
     }
 
-    // Quantized, the n positions from a multiple of kKvBlock on, all in one page.
+    // The position after n others, where there is room for it.
+    int64_t following(int64_t layer, int64_t position, int64_t n) const {
+        return position + n < static_cast<int64_t>(pages_[sequence(layer)].size()) * kPage ? position + n : position;
+    }
+
+    // The codes from `position` on, up to the end of the page, whatever their type.
+    const uint8_t* key_codes(int64_t layer, int64_t head, int64_t position) const {
+        return key_page(layer, head, position) + kv_codes_at(layout(layer).key.type, head_dim_, position % kPage);
+    }
+    const uint8_t* value_codes(int64_t layer, int64_t head, int64_t position) const {
+        return value_page(layer, head, position) + kv_codes_at(layout(layer).value.type, head_dim_, position % kPage);
+    }
+
+    // Quantized, the n positions from a multiple of kKvBlock on, all in one page. The values of a block are wanted
+    // after its keys, and the next block's keys after them.
     KvTokens keys(int64_t layer, int64_t head, int64_t position, int64_t n) const {
-        return tokens(layout(layer).key.type, key_page(layer, head, position), position % kPage, n);
+        const uint8_t* scales = key_page(layer, head, position) + kv_code_bytes(layout(layer).key.type, head_dim_);
+        return {key_codes(layer, head, position), scales + position % kPage, n, head_dim_,
+                value_codes(layer, head, position)};
     }
     KvTokens values(int64_t layer, int64_t head, int64_t position, int64_t n) const {
-        return tokens(layout(layer).value.type, value_page(layer, head, position), position % kPage, n);
+        const uint8_t* scales = value_page(layer, head, position) + kv_code_bytes(layout(layer).value.type, head_dim_);
+        return {value_codes(layer, head, position), scales + position % kPage, n, head_dim_,
+                key_codes(layer, head, following(layer, position, n))};
     }
 
     // The first n positions of one layer as one piece: all heads' keys, then their values; of a quantized page always all,
@@ -152,11 +177,7 @@ public:
         return total;
     }
 
-    double bytes_per_token() const {
-        size_t total = 0;
-        for (int64_t layer = 0; layer < place(1, 0); ++layer) total += page_bytes(layer);
-        return static_cast<double>(total) / kPage;
-    }
+    double bytes_per_token() const { return static_cast<double>(page_bytes_) / kPage; }
 
 private:
     // Calls visit(begin, bytes) for the stretches that the first n positions lie in.
@@ -175,25 +196,30 @@ private:
         }
     }
 
-    // The number of a layer within its sequence, and what is recent in that sequence.
-    int64_t own(int64_t layer) const { return layer % static_cast<int64_t>(layout_.size()); }
-    RecentTokens& recent(int64_t layer) { return recent_[static_cast<size_t>(layer) / layout_.size()]; }
-    const RecentTokens& recent(int64_t layer) const { return recent_[static_cast<size_t>(layer) / layout_.size()]; }
-
     using Pages = std::vector<std::shared_ptr<Buffer>>;
+
+    // The number of a layer within its sequence, and that sequence.
+    int64_t own(int64_t layer) const { return layer % static_cast<int64_t>(layout_.size()); }
+    size_t sequence(int64_t layer) const { return static_cast<size_t>(layer) / layout_.size(); }
+    RecentTokens& recent(int64_t layer) { return recent_[sequence(layer)]; }
+    const RecentTokens& recent(int64_t layer) const { return recent_[sequence(layer)]; }
 
     size_t key_bytes(int64_t layer) const { return kv_head_bytes(layout(layer).key.type, head_dim_); }
     size_t value_bytes(int64_t layer) const { return kv_head_bytes(layout(layer).value.type, head_dim_); }
-    size_t page_bytes(int64_t layer) const {
-        return static_cast<size_t>(n_kv_heads_) * (key_bytes(layer) + value_bytes(layer));
+    std::shared_ptr<Buffer> new_page() const {
+        auto page = std::make_shared<Buffer>(page_bytes_);
+        advise_large_pages(*page);
+        return page;
     }
-    KvTokens tokens(KvType type, const uint8_t* page, int64_t slot, int64_t n) const {
-        return {page + kv_codes_at(type, head_dim_, slot), page + kv_code_bytes(type, head_dim_) + slot, n, head_dim_};
+    uint8_t* layer_page(int64_t layer, int64_t position) const {
+        return pages_[sequence(layer)][static_cast<size_t>(position / kPage)]->data() +
+               layer_at_[static_cast<size_t>(own(layer))];
     }
-
     std::vector<KvLayer> layout_;
     int64_t n_kv_heads_, head_dim_;
-    std::vector<Pages> pages_;  // of each layer of each sequence
+    std::vector<size_t> layer_at_;  // where a layer's part of a page begins
+    size_t page_bytes_ = 0;
+    std::vector<Pages> pages_;          // of each sequence
     std::vector<RecentTokens> recent_;  // of each sequence
 };
 
