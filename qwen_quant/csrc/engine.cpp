@@ -53,11 +53,12 @@ Engine::Engine(std::shared_ptr<GgufFile> file, int n_threads, const std::string&
       team_(thread_count(n_threads)),
       ranges_(team_.size()),
       kv_type_(cache_type_k == cache_type_v ? cache_type_k : cache_type_k + "/" + cache_type_v),
-      kv_(KvCache(choose_kv_layout(*file_, model_, cache_type_k, cache_type_v), model_.config.n_kv_heads,
-                  model_.config.head_dim)),
+      kv_(choose_kv_layout(*file_, model_, cache_type_k, cache_type_v), model_.config.n_kv_heads,
+          model_.config.head_dim),
       n_ctx_(context_or_fail(*file_, model_.config, n_ctx)),
       scratch_(static_cast<size_t>(team_.size())),
       rope_frequencies_(inverse_frequencies(model_.config.rope, model_.config.head_dim)) {
+    kv_.resize(1);
     packed_ = pack_weights(model_, *file_, *kernels_, team_);
     make_block_turns();
 }
@@ -97,7 +98,8 @@ void Engine::fork(int64_t n_sequences) {
     if (n_sequences < 1 || n_sequences > kChunk) {
         throw RunError(std::to_string(n_sequences) + " sequences are out of range; use 1 to " + std::to_string(kChunk));
     }
-    kv_.fork(n_sequences);
+    kv_.resize(n_sequences);
+    for (int64_t sequence = 1; sequence < n_sequences; ++sequence) kv_.share(sequence);
     n_past_.assign(static_cast<size_t>(n_sequences), n_past());
 }
 

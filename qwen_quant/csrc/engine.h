@@ -12,7 +12,7 @@
 #include "experts.h"
 #include "gguf.h"
 #include "kernels.h"
-#include "kv_sequences.h"
+#include "kv_cache.h"
 #include "model.h"
 #include "threads.h"
 
@@ -52,11 +52,11 @@ public:
     void truncate(int64_t n_tokens);  // forgets what lies beyond the first n_tokens of the context
     void reset();                     // forgets all sequences
     // The keys and values of the first n_tokens in one layer, as KvCache::layer_bytes describes them.
-    size_t kv_layer_bytes(int64_t layer, int64_t n_tokens) const { return kv_.first().layer_bytes(layer, n_tokens); }
-    void read_kv(int64_t layer, int64_t n_tokens, uint8_t* out) const { kv_.first().copy_out(layer, n_tokens, out); }
+    size_t kv_layer_bytes(int64_t layer, int64_t n_tokens) const { return kv_.layer_bytes(layer, n_tokens); }
+    void read_kv(int64_t layer, int64_t n_tokens, uint8_t* out) const { kv_.copy_out(layer, n_tokens, out); }
     // A context of n_tokens that comes from elsewhere, layer by layer; it is empty until the end.
     void begin_restore(int64_t n_tokens);
-    void restore_layer(int64_t layer, int64_t n_tokens, const uint8_t* in) { kv_.first().copy_in(layer, n_tokens, in); }
+    void restore_layer(int64_t layer, int64_t n_tokens, const uint8_t* in) { kv_.copy_in(layer, n_tokens, in); }
     void end_restore(int64_t n_tokens) { n_past_[0] = n_tokens; }
 
     const ModelConfig& config() const { return model_.config; }
@@ -68,7 +68,7 @@ public:
     size_t weight_bytes() const;
     size_t kv_bytes() const { return kv_.bytes(); }
     const std::string& kv_type() const { return kv_type_; }
-    double kv_bytes_per_token() const { return kv_.first().bytes_per_token(); }
+    double kv_bytes_per_token() const { return kv_.bytes_per_token(); }
     size_t scratch_bytes() const;
 
 private:
@@ -136,7 +136,7 @@ private:
     void embed(int id, const StepState& s);
     void project_qkv(int id, const StepState& s, int64_t layer);
     void finish_head(const Part& part, int64_t layer, int64_t unit);
-    // From here to finish_row `layer` is a place (kv_sequences.h).
+    // From here to finish_row `layer` is a sequence's, as KvCache::place numbers them.
     void store_key(int64_t layer, int64_t head, int64_t position, float* x);    // both leave x changed
     void store_value(int64_t layer, int64_t head, int64_t position, float* x);
     void attend(int id, const Part& s, int64_t layer);
@@ -180,7 +180,7 @@ private:
     SharedRanges ranges_;
     Buffer packed_;  // the weights that are not read from the mapping
     std::string kv_type_;
-    KvSequences kv_;
+    KvCache kv_;
     int64_t n_ctx_;
     std::vector<int64_t> n_past_ = {0};  // of each sequence
 
@@ -192,7 +192,7 @@ private:
     std::vector<float> rope_frequencies_;     // radians per position [head_dim / 2]
     std::vector<float> rope_cos_, rope_sin_;  // [positions, head_dim / 2]
     std::vector<float> block_cos_, block_sin_;  // [head_dim / 2, kKvBlock]
-    std::atomic<int64_t> not_finite_{-1};     // first place that saw something not finite: a place, or kAtOutput
+    std::atomic<int64_t> not_finite_{-1};     // first place that saw something not finite: as KvCache::place, or kAtOutput
     std::mutex request_;
 };
 

@@ -1,11 +1,13 @@
-// Keys and values of one sequence. They grow page by page, so growing never copies; a page of one layer holds the keys of
-// its heads and then their values: in FP16 [kPage, head_dim] for each head, or quantized as kv_block.h says.
+// Keys and values of one or several sequences. They grow page by page, so growing never copies, and sequences that begin
+// alike share pages; a page of one layer holds the keys of its heads and then their values: in FP16 [kPage, head_dim] for
+// each head, or quantized as kv_block.h says.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <unordered_set>
 #include <vector>
 
 #include "buffer.h"
@@ -21,29 +23,39 @@ public:
     KvCache(std::vector<KvLayer> layout, int64_t n_kv_heads, int64_t head_dim)
         : layout_(std::move(layout)), n_kv_heads_(n_kv_heads), head_dim_(head_dim), pages_(layout_.size()) {}
 
-    // Room for n_tokens, of which those from `first` on will be written. A copy of a cache shares its pages until then.
-    void reserve(int64_t first, int64_t n_tokens) {
-        const size_t count = static_cast<size_t>((n_tokens + kPage - 1) / kPage);
-        for (size_t layer = 0; layer < pages_.size(); ++layer) {
-            std::vector<Page>& pages = pages_[layer];
+    // How many sequences there are; new ones are empty.
+    void resize(int64_t n_sequences) { pages_.resize(static_cast<size_t>(n_sequences) * layout_.size()); }
+
+    // What the functions below call `layer` is this number: a layer of the first sequence is its own.
+    int64_t place(int64_t sequence, int64_t layer) const {
+        return sequence * static_cast<int64_t>(layout_.size()) + layer;
+    }
+
+    // Room for the tokens [begin, end) of a sequence, in pages that no other sequence reads.
+    void reserve(int64_t sequence, int64_t begin, int64_t end) {
+        for (int64_t layer = 0; layer < place(1, 0); ++layer) {
+            Pages& pages = pages_[place(sequence, layer)];
+            const size_t first = static_cast<size_t>(begin / kPage), count = static_cast<size_t>((end + kPage - 1) / kPage);
             while (pages.size() < count) pages.push_back(std::make_shared<Buffer>(page_bytes(layer)));
-            for (size_t i = static_cast<size_t>(first / kPage); i < count; ++i) own(pages[i]);
+            for (size_t i = first; i < count; ++i) {
+                if (pages[i].use_count() == 1) continue;
+                const std::shared_ptr<Buffer> shared = pages[i];
+                pages[i] = std::make_shared<Buffer>(page_bytes(layer));
+                std::memcpy(pages[i]->data(), shared->data(), page_bytes(layer));
+            }
         }
     }
 
-    template <class Visit>
-    void for_each_page(Visit visit) const {
-        for (const std::vector<Page>& pages : pages_) {
-            for (const Page& page : pages) visit(*page);
-        }
+    // Gives the pages of the first sequence to another one as well.
+    void share(int64_t sequence) {
+        std::copy(pages_.begin(), pages_.begin() + place(1, 0), pages_.begin() + place(sequence, 0));
     }
 
     void clear() {
-        for (auto& layer : pages_) layer.clear();
+        for (Pages& pages : pages_) pages.clear();
     }
 
-    int64_t n_layers() const { return static_cast<int64_t>(layout_.size()); }
-    const KvLayer& layout(int64_t layer) const { return layout_[static_cast<size_t>(layer)]; }
+    const KvLayer& layout(int64_t layer) const { return layout_[static_cast<size_t>(layer) % layout_.size()]; }
 
     // A head's keys (values) of the page that `position` lies in.
     uint8_t* key_page(int64_t layer, int64_t head, int64_t position) const {
@@ -89,22 +101,24 @@ public:
         });
     }
 
+    size_t bytes() const {
+        std::unordered_set<const Buffer*> counted;
+        size_t total = 0;
+        for (const Pages& pages : pages_) {
+            for (const std::shared_ptr<Buffer>& page : pages) {
+                if (counted.insert(page.get()).second) total += page->bytes();
+            }
+        }
+        return total;
+    }
+
     double bytes_per_token() const {
         size_t total = 0;
-        for (size_t layer = 0; layer < pages_.size(); ++layer) total += page_bytes(layer);
+        for (int64_t layer = 0; layer < place(1, 0); ++layer) total += page_bytes(layer);
         return static_cast<double>(total) / kPage;
     }
 
 private:
-    using Page = std::shared_ptr<Buffer>;
-
-    static void own(Page& page) {
-        if (page.use_count() == 1) return;
-        const Page shared = page;
-        page = std::make_shared<Buffer>(shared->bytes());
-        std::memcpy(page->data(), shared->data(), shared->bytes());
-    }
-
     // Calls visit(begin, bytes) for the stretches that the first n positions lie in.
     template <class Visit>
     void for_each_run(int64_t layer, int64_t n, Visit visit) const {
@@ -121,9 +135,11 @@ private:
         }
     }
 
-    size_t key_bytes(size_t layer) const { return kv_head_bytes(layout_[layer].key.type, head_dim_); }
-    size_t value_bytes(size_t layer) const { return kv_head_bytes(layout_[layer].value.type, head_dim_); }
-    size_t page_bytes(size_t layer) const {
+    using Pages = std::vector<std::shared_ptr<Buffer>>;
+
+    size_t key_bytes(int64_t layer) const { return kv_head_bytes(layout(layer).key.type, head_dim_); }
+    size_t value_bytes(int64_t layer) const { return kv_head_bytes(layout(layer).value.type, head_dim_); }
+    size_t page_bytes(int64_t layer) const {
         return static_cast<size_t>(n_kv_heads_) * (key_bytes(layer) + value_bytes(layer));
     }
     KvTokens tokens(KvType type, const uint8_t* page, int64_t slot, int64_t n) const {
@@ -132,7 +148,7 @@ private:
 
     std::vector<KvLayer> layout_;
     int64_t n_kv_heads_, head_dim_;
-    std::vector<std::vector<Page>> pages_;  // of each layer
+    std::vector<Pages> pages_;  // of each layer of each sequence
 };
 
 }  // namespace qq
