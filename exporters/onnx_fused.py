@@ -19,7 +19,7 @@ class FusedOps(Ops):
     """GroupQueryAttention, MatMulNBits and their kin."""
 
     opset = 21
-    packs_inputs = packs_experts = shares_buffer = True
+    packs_qkv = packs_experts = shares_buffer = True
 
     def norm(self, x: str, name: str) -> str:
         return self.graph.add(

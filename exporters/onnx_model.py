@@ -120,7 +120,7 @@ def project(graph: Graph, ops: Ops, layer: int, x: str) -> list[str]:
     spec, names = ops.spec, ops.spec.names
     modules = [f"{names.layer(layer)}{name}" for name in names.qkv]
     weights = [f"{module}.weight" for module in modules]
-    if ops.packs_inputs and ops.weights.can_stack(weights):
+    if ops.packs_qkv and ops.weights.can_stack(weights):
         found = [ops.linear(x, weights, bias_of(ops, modules) if spec.qkv_bias else None)]
         if not spec.qk_norm:
             return found

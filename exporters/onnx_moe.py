@@ -198,7 +198,4 @@ def add_shared(graph: Graph, ops: Ops, layer: int, x: str) -> str:
 def swiglu(ops: Ops, x: str, names: Sequence[str]) -> str:
     """down(silu(gate(x)) * up(x)) for the weights gate, up and down."""
     gate, up, down = names
-    if ops.packs_inputs and ops.weights.can_stack([gate, up]):
-        sizes = [ops.weights.choices[name].info.shape[0] for name in (gate, up)]
-        return ops.linear(ops.gated(*ops.split(ops.linear(x, [gate, up]), sizes)), [down])
     return ops.linear(ops.gated(ops.linear(x, [gate]), ops.linear(x, [up])), [down])

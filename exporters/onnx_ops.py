@@ -34,7 +34,7 @@ class Ops(ABC):
     """Adds the steps of a decoder to a graph; weights come from `weights` under their checkpoint's names."""
 
     opset: int
-    packs_inputs: bool  # whether products of the same activations become one
+    packs_qkv: bool  # whether attention takes queries, keys and values side by side
     packs_experts: bool  # whether there are operators for all experts of a layer
     shares_buffer: bool  # whether past and present keys and values can be the same memory
 

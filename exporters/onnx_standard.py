@@ -24,7 +24,7 @@ class StandardOps(Ops):
     """RMSNormalization, RotaryEmbedding, Attention, DequantizeLinear."""
 
     opset = 23
-    packs_inputs = packs_experts = shares_buffer = False
+    packs_qkv = packs_experts = shares_buffer = False
 
     def __init__(self, graph: Graph, weights: Weights, spec: ModelSpec) -> None:
         super().__init__(graph, weights, spec)

@@ -107,7 +107,7 @@ def test_the_integers_of_a_gptq_checkpoint(make_model: Make, tmp_path: Path, nam
     stacked = (
         "model.layers.0.self_attn.q_proj+model.layers.0.self_attn.k_proj+model.layers.0.self_attn.v_proj"
     )
-    assert stacked in found and len(found) == 2 * 4
+    assert stacked in found and len(found) == 2 * 5
     for names, weights in found.items():
         original = np.concatenate([checkpoint.read(f"{module}.weight") for module in names.split("+")])
         assert np.array_equal(weights, original), names
