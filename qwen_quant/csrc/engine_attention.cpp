@@ -115,7 +115,7 @@ void Engine::multiply_by(float* x, const float* factors, int64_t n) {
     for (int64_t i = 0; i < n; ++i) x[i] *= factors[i];
 }
 
-void Engine::attend(int id, const StepState& s, int64_t layer) {
+void Engine::attend(int id, const Part& s, int64_t layer) {
     const ModelConfig& c = model_.config;
     // Groups begin at multiples in the context, so that all of a group read the same tokens in FP16.
     const int64_t ahead = s.first % kTokenGroup;
@@ -128,13 +128,13 @@ void Engine::attend(int id, const StepState& s, int64_t layer) {
 }
 
 // Tokens [t0, t1), and all query heads that share one key/value head: rows (token, head) of an online softmax.
-void Engine::attend_group(int id, const StepState& s, int64_t layer, int64_t kv_head, int64_t t0, int64_t t1) {
+void Engine::attend_group(int id, const Part& s, int64_t layer, int64_t kv_head, int64_t t0, int64_t t1) {
     const ModelConfig& c = model_.config;
     const int64_t dim = c.head_dim, per_kv = c.n_heads / c.n_kv_heads, n_rows = (t1 - t0) * per_kv;
     const int64_t width = (c.n_heads + 2 * c.n_kv_heads) * dim;
     const AttentionRows rows(scratch_[id].attention.as<float>(), n_rows, dim);
     for (int64_t t = t0; t < t1; ++t) {
-        std::memcpy(rows.q + (t - t0) * per_kv * dim, qkv_.as<float>() + t * width + kv_head * per_kv * dim,
+        std::memcpy(rows.q + (t - t0) * per_kv * dim, qkv_.as<float>() + (s.row + t) * width + kv_head * per_kv * dim,
                     static_cast<size_t>(per_kv * dim) * sizeof(float));
     }
     if (kv_.layout(layer).key.quantized()) prepare_queries(layer, kv_head, n_rows, rows);
@@ -157,7 +157,7 @@ void Engine::attend_group(int id, const StepState& s, int64_t layer, int64_t kv_
     }
     for (int64_t row = 0; row < n_rows; ++row) {
         const int64_t t = t0 + row / per_kv, head = kv_head * per_kv + row % per_kv;
-        float* out = attended_.as<float>() + (t * c.n_heads + head) * dim;
+        float* out = attended_.as<float>() + ((s.row + t) * c.n_heads + head) * dim;
         const float scale = 1.0f / rows.sum[row];
         for (int64_t i = 0; i < dim; ++i) out[i] = rows.acc[row * dim + i] * scale;
         finish_row(layer, kv_head, out);
@@ -187,7 +187,7 @@ void Engine::score_block(int64_t layer, int64_t kv_head, int64_t begin, int64_t 
                                                          rows.scores, kKvBlock);
     } else {
         kernels_->attend_scores(keys.quantized() ? rows.turned : rows.q, n_rows, kv_.key(layer, kv_head, begin), n, dim,
-                                rows.scores, kKvBlock);
+                                rows.scores, kKvBlock, kv_.value_codes(layer, kv_head, begin));
     }
     if (keys.centre.empty() || keys.pairs[kv_head].empty()) return;
     // A query's product with the turned centre u, j positions on: of each pair (q1 u1 + q2 u2) cos + (q2 u1 - q1 u2) sin.
@@ -211,8 +211,9 @@ void Engine::add_values(int64_t layer, int64_t kv_head, int64_t begin, int64_t n
                         const AttentionRows& rows) {
     const KvHalf& values = kv_.layout(layer).value;
     if (half_floats || !values.quantized()) {
+        const uint8_t* ahead = kv_.key_codes(layer, kv_head, kv_.following(layer, begin, n));
         kernels_->attend_values(rows.scores, kKvBlock, rows.rescale, n_rows, kv_.value(layer, kv_head, begin), n,
-                                model_.config.head_dim, rows.acc);
+                                model_.config.head_dim, rows.acc, ahead);
         return;
     }
     kernels_->kv[static_cast<int>(values.type)].values(rows.scores, kKvBlock, rows.rescale, n_rows,

@@ -89,7 +89,7 @@ class EngineProvider:
         return self.session.engine.kv_recent_bytes
 
     def window_logits(self, tokens: Tokens, first: int = 0) -> Logits:
-        return self.session.logits(tokens)[first:]
+        return self.session.logits(tokens, first)
 
 
 def open_provider(

@@ -158,7 +158,7 @@ def _greedy(
     reading at once, is checked."""
     _check_text(session.tokenizer, session.eos_ids, tokenizer, where)
     made = list(session.generate(prompt.tolist(), steps))
-    at_once = session.logits([*prompt.tolist(), *made])[len(prompt) - 1 : -1]  # [steps, V]
+    at_once = session.logits([*prompt.tolist(), *made], len(prompt) - 1)[:-1]  # [steps, V]
     _check_finite(at_once, where)
     behind = at_once.max(axis=-1) - at_once[np.arange(steps), made]
     if (behind > NEAR_TIE).any():

@@ -36,13 +36,13 @@ class TensorInfo:
 
 
 class GGUFFile:
-    """A memory-mapped GGUF file, version 2 or 3, checked from end to end when it is opened.
+    """A memory-mapped GGUF file, version 2 or 3, checked from end to end when it is opened, unless it is already.
 
     Raises FormatError when the file is missing, cut or damaged.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.core = _core.GGUF(path)
+    def __init__(self, path: str | os.PathLike[str] | _core.GGUF) -> None:
+        self.core = path if isinstance(path, _core.GGUF) else _core.GGUF(path)
         self.path = self.core.path
         self.tensors = {info[0]: TensorInfo(*info) for info in self.core.tensors()}
 

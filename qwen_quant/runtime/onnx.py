@@ -132,9 +132,9 @@ class OnnxEngine:
         return n_tokens
 
     def forward(
-        self, tokens: npt.NDArray[np.int32], n_past: int, all_logits: bool = False
+        self, tokens: npt.NDArray[np.int32], n_past: int, n_logits: int = 1
     ) -> npt.NDArray[np.float32]:
-        """Logits [V] after `tokens` [T], which follow the first `n_past` of the context; [T, V] with `all_logits`.
+        """Logits [n_logits, V] after the last of `tokens` [T], which follow the first `n_past` of the context.
 
         Raises QwenQuantError when the context is full or an id is outside the vocabulary.
         """
@@ -145,13 +145,16 @@ class OnnxEngine:
                 f"{len(tokens)} tokens after {n_past} do not fit into the context of {self.n_ctx}"
             )
         self.truncate(n_past)
-        found = np.empty((len(tokens) if all_logits else 1, self.n_vocab), dtype=np.float32)
+        found = np.empty((n_logits, self.n_vocab), dtype=np.float32)
+        first = len(tokens) - n_logits  # whose logits are kept
         for start in range(0, len(tokens), CHUNK):
             chunk = tokens[start : start + CHUNK]
-            keep = len(chunk) if all_logits else 1
-            rows = found[start : start + keep] if all_logits else found
-            rows[:] = self._run(chunk, keep)[-keep:]
-        return found if all_logits else found[0]
+            end = start + len(chunk)
+            keep = max(end - max(start, first), 0)
+            logits = self._run(chunk, max(keep, 1))
+            if keep:
+                found[end - keep - first : end - first] = logits[-keep:]
+        return found
 
     def _run(self, tokens: npt.NDArray[np.int32], keep: int) -> npt.NDArray[Any]:
         """Logits of at least the last `keep` of `tokens` [T], which join the context."""

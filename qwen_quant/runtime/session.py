@@ -16,6 +16,7 @@ import numpy.typing as npt
 from qwen_quant import _core
 from qwen_quant.errors import QwenQuantError, UsageError
 from qwen_quant.runtime.gguf import GGUFFile
+from qwen_quant.runtime.loading import Loading
 from qwen_quant.runtime.lookup import LookupSteps
 from qwen_quant.runtime.onnx import OnnxEngine, OnnxFolder, is_onnx_folder
 from qwen_quant.runtime.sampling import Sampler, SamplingParams
@@ -57,9 +58,9 @@ class Session:
     called when `generate` has read its prompt.
     """
 
-    def __init__(self, file: GGUFFile | OnnxFolder, engine: _core.Engine | OnnxEngine) -> None:
+    def __init__(self, file: GGUFFile | OnnxFolder, engine: _core.Engine | OnnxEngine | Loading) -> None:
         self.file = file
-        self.engine = engine
+        self._engine = engine
         self.draft_max = 0
         self.after_prompt: Callable[[], None] | None = None
         self.timings = Timings()
@@ -93,6 +94,19 @@ class Session:
         file = GGUFFile(path)
         engine = _core.Engine(file.core, n_threads or 0, isa, n_ctx or 0, cache_type_k, cache_type_v)
         return cls(file, engine)
+
+    @classmethod
+    def of(cls, loading: Loading) -> Session:
+        """The session of a GGUF file whose weights may still be loading. `engine` waits for them, and so does what
+        needs it: errors come there."""
+        return cls(GGUFFile(loading.core), loading)
+
+    @property
+    def engine(self) -> _core.Engine | OnnxEngine:
+        """What computes."""
+        if isinstance(self._engine, Loading):
+            self._engine = self._engine.engine()
+        return self._engine
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -177,16 +191,17 @@ class Session:
         Raises QwenQuantError when there are none, an id is outside the vocabulary, or the context is full.
         Ctrl-C is seen between chunks of 256 tokens.
         """
-        return self._forward(as_token_ids(tokens), all_logits=False)
+        return self._forward(as_token_ids(tokens), n_logits=1)[0]
 
     def extend(self, tokens: Sequence[int] | npt.NDArray[Any]) -> Logits:
         """Appends tokens [T] to the context; logits [T, V] of what follows each. Raises as `prefill` does."""
-        return self._forward(as_token_ids(tokens), all_logits=True)
+        ids = as_token_ids(tokens)
+        return self._forward(ids, n_logits=len(ids))
 
-    def _forward(self, ids: npt.NDArray[np.int32], all_logits: bool) -> Logits:
+    def _forward(self, ids: npt.NDArray[np.int32], n_logits: int) -> Logits:
         n_past = self.engine.n_past
         try:
-            return self.engine.forward(ids, n_past, all_logits)
+            return self.engine.forward(ids, n_past, n_logits)
         finally:  # an interrupted prompt has been read in part
             self._tokens[n_past:] = ids[: self.engine.n_past - n_past].tolist()
 
@@ -194,11 +209,19 @@ class Session:
         """Appends one token to the context; logits [V] of what follows it. Raises as `prefill` does."""
         return self.prefill((token,))
 
-    def logits(self, tokens: Sequence[int] | npt.NDArray[Any]) -> Logits:
-        """Logits [T, V] at every position of `tokens` [T], in a fresh context. Raises as `prefill` does."""
+    def logits(self, tokens: Sequence[int] | npt.NDArray[Any], first: int = 0) -> Logits:
+        """Logits [T - first, V] at the positions of `tokens` [T] from `first` on, in a fresh context.
+
+        Raises as `prefill` does.
+        """
         ids = as_token_ids(tokens)
         self.truncate(0)
-        return self.extend(ids)
+        return self._forward(ids, n_logits=len(ids) - first)
+
+    def begin_timings(self, prompt_tokens: int) -> Timings:
+        """New `timings`, for an answer to so many tokens."""
+        self.timings = Timings(prompt_tokens=prompt_tokens)
+        return self.timings
 
     def generate(
         self,
@@ -217,7 +240,7 @@ class Session:
         draft_max = min(self.draft_max, self.native("--lookup").exact_rewind) if self.draft_max else 0
         sampler = Sampler(sampling or SamplingParams())
         history = [*self._tokens, *prompt_tokens]
-        self.timings = timings = Timings(prompt_tokens=len(prompt_tokens))
+        timings = self.begin_timings(len(prompt_tokens))
         start = time.perf_counter()
         logits = self.prefill(prompt_tokens)
         timings.pp_s = time.perf_counter() - start
