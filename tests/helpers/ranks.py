@@ -15,13 +15,14 @@ import torch
 
 from qwen_quant.cli import main
 from qwen_quant.errors import CalibrationError
-from qwen_quant.quantize import calibration, experts, gptq, layer_run
+from qwen_quant.quantize import calibration, experts, gptq, inputs, layer_run
 
 # What takes long to import, for all processes at once.
 IMPORTED = ["qwen_quant.cli.app", "qwen_quant.exporters.gguf_budget", "qwen_quant.quantize.sensitivity"]
 # So small that a tiny model makes many pieces of each kind.
 PIECES = {
-    (layer_run, "TOKENS_AT_ONCE"): 256,
+    (inputs, "TOKENS_AT_ONCE"): 256,
+    (inputs, "ROUTED_AT_ONCE"): 256,
     (calibration, "BLOCK"): 32,
     (gptq, "ROWS_AT_ONCE"): 96,
     (experts, "FLOATS_AT_ONCE"): 1 << 15,
