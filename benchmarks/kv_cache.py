@@ -5,8 +5,9 @@
     qwen-quant export /tmp/shape --type Q4_0 --no-calibration -o speed.gguf
     python benchmarks/kv_cache.py --quality quality.gguf --speed speed.gguf --llama-bench PATH --llama-perplexity PATH
 
-Quality: bytes per token, KLD against the F16 cache of the same file at each --ctx, perplexity, retrieval. Speed: tok/s
-of single tokens at each --depth, programs and types in turn, the median of --runs. llama.cpp's own tools are optional.
+Quality: bytes per token (and those of recent tokens in FP16, whatever the context), KLD against the F16 cache of the
+same file at each --ctx, perplexity, retrieval (share of tokens, nats gained). Speed: tok/s of single tokens at each
+--depth, programs and types in turn, the median of --runs. llama.cpp's own tools are optional.
 """
 
 from __future__ import annotations
@@ -29,46 +30,57 @@ from qwen_quant.runtime.session import Session
 OURS = ("f16", "int8", "int4", "auto")
 LLAMA_CPP = ("f16", "q8_0", "q4_0")
 STEPS = 16  # tokens timed at a depth
+PAGE = 256  # tokens of the engine's cache that lie together
 
 
-def quality(path: Path, data: Path, ctx: int, windows: int | None) -> None:
+def quality(options: argparse.Namespace, ctx: int) -> None:
     """A row for each of our types."""
-    print(f"\n{path.name}, windows of {ctx}\ncache   bytes/token      KLD  perplexity  retrieval")
+    path = options.quality
+    print(f"\n{path.name}, windows of {ctx}\ncache   bytes/token  recent      KLD  perplexity  retrieval")
     for kind in OURS:
         try:
-            found = evaluate(path, path, data, ctx=ctx, max_windows=windows, kv_cache=kind, needle=True)
+            found = evaluate(
+                *(path, path, options.data),
+                ctx=ctx,
+                max_windows=options.max_windows,
+                n_threads=options.threads,
+                kv_cache=kind,
+                needle=options.needle,
+            )
         except QwenQuantError as error:
             print(f"{kind:6}  {error}")
             continue
-        retrieval = " ".join(f"{share:.2f}" for share in (found.retrieval or {}).values())
+        gains = (found.retrieval_gain or {}).values()
+        retrieval = [
+            f"{share:.2f} {gain:+.2f}"
+            for share, gain in zip((found.retrieval or {}).values(), gains, strict=True)
+        ]
+        size = f"{found.kv_bytes_per_token:11,.0f}  {found.kv_recent_bytes:6,}"
         print(
-            f"{kind:6}  {found.kv_bytes_per_token:11,.0f}  {found.kld_mean:.6f}  {found.ppl:10.4f}  {retrieval}",
-            flush=True,
+            f"{kind:6}  {size}  {found.kld_mean:.6f}  {found.ppl:10.4f}  {', '.join(retrieval)}", flush=True
         )
 
 
-def llama_quality(tool: Path, path: Path, data: Path, ctx: int) -> None:
+def llama_quality(options: argparse.Namespace, ctx: int) -> None:
     """KLD and perplexity of llama.cpp's types against its own F16 cache, by its perplexity tool."""
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "logits"
         common = [
-            str(tool),
-            "-m",
-            str(path),
-            "-f",
-            str(data),
-            "-c",
-            str(ctx),
-            "--kl-divergence-base",
-            str(base),
+            *(str(options.llama_perplexity), "-m", str(options.quality), "-f", str(options.data)),
+            *("-c", str(ctx), "-b", str(ctx), "--chunks", str(options.max_windows or -1)),
+            *("-t", str(options.threads), "--kl-divergence-base", str(base)),
         ]
         subprocess.run(common, check=True, capture_output=True)
-        for kind in LLAMA_CPP:
-            options = ["--kl-divergence", "-ctk", kind, "-ctv", kind, "-fa", "on"]
-            done = subprocess.run(common + options, check=True, capture_output=True, text=True)
-            lines = [
-                line for line in done.stdout.splitlines() if line.startswith(("Mean    KLD", "Mean PPL(Q)"))
-            ]
+        for kind in options.llama_types:
+            cache = ["--kl-divergence", "-ctk", kind, "-ctv", kind, "-fa", "on"]
+            lines: list[str] = []
+            while not lines:  # the tool may end before its table is printed
+                done = subprocess.run(common + cache, check=True, capture_output=True, text=True)
+                lines = [
+                    line
+                    for line in done.stdout.splitlines()
+                    if line.startswith(("Mean    KLD", "Mean PPL(Q) "))
+                ]
             print(f"llama.cpp {kind:5} {'; '.join(' '.join(line.split()) for line in lines)}", flush=True)
 
 
@@ -79,12 +91,29 @@ def step_rate(path: Path, kind: str, depth: int, threads: int) -> float:
     )
     tokens = np.random.default_rng(0).integers(0, session.n_vocab, depth + STEPS).astype(np.int32)
     if depth:
-        session.prefill(tokens[:depth])
+        fill(session, tokens[:depth])
     session.step(int(tokens[depth]))
     began = time.perf_counter()
     for token in tokens[depth + 1 :]:
         session.step(int(token))
     return (STEPS - 1) / (time.perf_counter() - began)
+
+
+def fill(session: Session, tokens: np.ndarray) -> None:
+    """Makes `tokens`, a number of whole pages, the context. Only the first page is computed, the others are copies: how
+    long a step takes does not depend on what they hold."""
+    engine = session.native("this benchmark")
+    session.prefill(tokens[:PAGE])
+    parts = 2 * int(
+        session.metadata[f"{engine.architecture}.attention.head_count_kv"]
+    )  # heads of keys, of values
+    copies, layers = len(tokens) // PAGE, []
+    for layer in range(engine.n_layers):
+        data = engine.read_kv(layer, PAGE)
+        pages = int(engine.kv_bytes_per_token * PAGE) // engine.n_layers
+        repeated = np.tile(data[:pages].reshape(parts, 1, -1), (1, copies, 1))
+        layers.append(np.concatenate((repeated.ravel(), data[pages:])))
+    session.restore(tokens.tolist(), layers)
 
 
 def llama_rate(tool: Path, path: Path, kind: str, depth: int, threads: int) -> float:
@@ -101,7 +130,7 @@ def contenders(options: argparse.Namespace, depth: int) -> Iterator[tuple[str, f
     """Every program and type once."""
     for kind in options.types:
         yield f"ours {kind}", step_rate(options.speed, kind, depth, options.threads)
-    for kind in LLAMA_CPP if options.llama_bench else ():
+    for kind in options.llama_types if options.llama_bench else ():
         yield (
             f"llama.cpp {kind}",
             llama_rate(options.llama_bench, options.speed, kind, depth, options.threads),
@@ -133,8 +162,10 @@ def main() -> None:
     add("--data", type=Path, default=HELD_OUT)
     add("--ctx", type=int, nargs="+", default=[512, 2048])
     add("--max-windows", type=int)
+    add("--needle", action="store_true", help="measure retrieval too")
     add("--speed", type=Path, help="a GGUF file of a released shape")
-    add("--types", nargs="+", default=["f16", "int8", "int4"])
+    add("--types", nargs="+", default=["f16", "int8", "int4"], help="of ours, in which all layers are alike")
+    add("--llama-types", nargs="*", default=LLAMA_CPP)
     add("--depth", type=int, nargs="+", default=[0, 4096, 16384])
     add("--runs", type=int, default=3)
     add("--threads", type=int, default=2)
@@ -143,9 +174,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.quality:
         for ctx in options.ctx:
-            quality(options.quality, options.data, ctx, options.max_windows)
+            quality(options, ctx)
             if options.llama_perplexity:
-                llama_quality(options.llama_perplexity, options.quality, options.data, ctx)
+                llama_quality(options, ctx)
     if options.speed:
         speed(options)
 

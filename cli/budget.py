@@ -10,8 +10,10 @@ if TYPE_CHECKING:
     from qwen_quant.checkpoint import Checkpoint
     from qwen_quant.cli.export import ExportOptions
     from qwen_quant.exporters.gguf import TypeOptions
-    from qwen_quant.exporters.gguf_budget import BudgetedFile
+    from qwen_quant.exporters.gguf_budget import Budget, BudgetedFile
+    from qwen_quant.quantize.plan_layer import Stage
     from qwen_quant.quantize.recipe import Recipe
+    from qwen_quant.quantize.resume import LayerStore
 
 
 def wanted(options: ExportOptions) -> bool:
@@ -32,17 +34,13 @@ def wanted(options: ExportOptions) -> bool:
     return True
 
 
-def choose(
-    checkpoint: Checkpoint, options: ExportOptions, types: TypeOptions, recipe: Recipe
-) -> BudgetedFile:
-    """Measure what each tensor loses on each grid, and spend the bytes.
+def prepare(checkpoint: Checkpoint, options: ExportOptions, types: TypeOptions) -> tuple[Budget, int]:
+    """The choices there are, and the bytes to spend on them.
 
     Raises UsageError for a budget that is too small, CheckpointError for a checkpoint that is quantized already.
     """
-    from qwen_quant.cli.calibrating import calibration_windows
     from qwen_quant.cli.planning import parse_size
     from qwen_quant.exporters.gguf_budget import Budget
-    from qwen_quant.quantize.sensitivity import measure_losses
     from qwen_quant.quantize.stream import require_full_precision
     from qwen_quant.tokenizer import Tokenizer
 
@@ -55,5 +53,20 @@ def choose(
         assert options.target_bpw is not None
         nbytes = budget.bytes_for(options.target_bpw)
     budget.check(nbytes)
-    windows, _ = calibration_windows(checkpoint, recipe)
-    return budget.spend(measure_losses(checkpoint, budget.menu, windows, recipe), nbytes)
+    return budget, nbytes
+
+
+def memory(budget: Budget, recipe: Recipe) -> tuple[Stage, ...]:
+    """What measuring the losses will need."""
+    from qwen_quant.quantize.plan_beside import measuring
+
+    return (measuring(budget.checkpoint.spec, budget.file.stored, recipe),)
+
+
+def choose(budget: Budget, nbytes: int, recipe: Recipe, store: LayerStore | None) -> BudgetedFile:
+    """Measure what each tensor loses on each grid, or take it from `store`, and spend the bytes."""
+    from qwen_quant.cli.calibrating import calibration_windows
+    from qwen_quant.quantize.sensitivity import measure_losses
+
+    windows, _ = calibration_windows(budget.checkpoint, recipe)
+    return budget.spend(measure_losses(budget.checkpoint, budget.menu, windows, recipe, store), nbytes)

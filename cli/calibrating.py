@@ -57,14 +57,17 @@ def recipe_of(options: CalibrationOptions, desc_act: bool = False) -> Recipe:
 
 
 @contextlib.contextmanager
-def layer_store(output: Path, resume: bool) -> Iterator[LayerStore]:
-    """Where the finished layers of a run lie until `output` is complete: a hidden folder beside it.
+def layer_store(output: Path, resume: bool, dry_run: bool = False) -> Iterator[LayerStore | None]:
+    """Where the finished layers of a run lie until `output` is complete: a hidden folder beside it. A dry run has none.
 
     A killed run leaves it behind, and so does a failed or interrupted one that was started with `resume`. Without
     `resume` what an earlier run left is removed first.
     """
     from qwen_quant.quantize.resume import LayerStore
 
+    if dry_run:
+        yield None
+        return
     place = Path(os.path.abspath(output))
     store = LayerStore(place.with_name(f".{place.name}.layers"))
     if not resume:
@@ -146,17 +149,20 @@ class Written(Protocol):
     """What every exporter returns."""
 
     bytes: int
+    types: dict[str, str]
     layers: list[QuantizedLayer]
     unquantized: dict[str, str]
 
 
 def result_fields(
-    output: Path, written: Written, record: dict[str, Any] | None, seconds: float
+    checkpoint: Checkpoint, output: Path, written: Written, record: dict[str, Any] | None, seconds: float
 ) -> dict[str, Any]:
     """What --json prints of a written artifact."""
     return {
         "output": str(output),
         "bytes": written.bytes,
+        "types": written.types,
+        "left_out": checkpoint.left_out,
         "layers": _layer_fields(written.layers),
         "layer_seconds": [{"seconds": layer.seconds, **layer.parts} for layer in written.layers],
         "unquantized": written.unquantized,
@@ -214,6 +220,17 @@ def _share(reports: list[LinearReport]) -> str:
         return ""
     mean = sum(r.error / max(r.rtn_error, 1e-30) for r in reports) / len(reports)
     return f"{mean:.3f}{'!' if any(r.fallback for r in reports) else ''}"
+
+
+def unknown_tensors(checkpoint: Checkpoint) -> list[str]:
+    """A note on the stored tensors that the model does not have; none where there are none."""
+    from qwen_quant.checkpoint import UNKNOWN
+
+    names = [name for name, reason in checkpoint.left_out.items() if reason == UNKNOWN]
+    if not names:
+        return []
+    some = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}"
+    return [f"{checkpoint.folder}: {len(names)} tensors are {UNKNOWN} and left out: {some}"]
 
 
 def announce(notes: list[str]) -> None:

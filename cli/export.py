@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +11,8 @@ import typer
 
 from qwen_quant.cli import calibrating, export_onnx, options
 from qwen_quant.cli.calibrating import CalibrationOptions
+from qwen_quant.cli.checking import check_of
+from qwen_quant.cli.exported import report
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,7 @@ def command(
             help="ONNX: standard operators of this opset (23) only; by default onnxruntime's fused ones.",
         ),
     ] = None,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="ONNX: run what was written against the checkpoint.")
-    ] = True,
+    verify: options.Verify = True,
     overwrite: options.Overwrite = False,
     target_bpw: Annotated[
         float | None,
@@ -134,14 +133,13 @@ ONLY = {
         "pure": "--pure",
         "target_bpw": "--target-bpw",
         "target_size": "--target-size",
-        "kv_cache": "--kv-cache",
+        "kv_bits_budget": "--kv-bits-budget",
     },
     "onnx": {
         "group_size": "--group-size",
         "sym": "--asym",
         "accuracy_level": "--accuracy-level",
         "opset": "--opset",
-        "verify": "--no-verify",
     },
 }
 
@@ -175,7 +173,7 @@ def run(options: ExportOptions) -> None:
     began = time.monotonic()
     max_ram = planning.parse_ram(options.max_ram)
     checkpoint = Checkpoint.open(options.model)
-    remarks = notes(checkpoint)
+    remarks = notes(checkpoint) + calibrating.unknown_tensors(checkpoint)
     if not options.json:
         calibrating.announce(remarks)
     types = TypeOptions.parse(
@@ -185,20 +183,23 @@ def run(options: ExportOptions) -> None:
         pure=options.pure,
         calibrated=not options.no_calibration,
     )
-    chosen = None
-    if budget.wanted(options):
-        chosen = budget.choose(checkpoint, options, types, calibrating.recipe_of(options))
-        file, types = chosen.plan, chosen.options
-    else:
-        file = plan_file(checkpoint, options.type, types)
+    to_spend = budget.prepare(checkpoint, options, types) if budget.wanted(options) else None
+    file = plan_file(checkpoint, options.type, types) if to_spend is None else to_spend[0].file
     solving = checkpoint.quantization is None and any(t.quantized for t in file.stored)
     recipe = calibrating.recipe_of(options) if solving else None
-    plan = planning.make_plan(checkpoint, file.stored, recipe, max_ram)
-    if options.dry_run:
-        planning.report(plan, options, gguf_grid, recipe, None if chosen is None else chosen.expected_kld)
-        return
-    kv_layout = calibrating.kv_layout(checkpoint, options)
-    with calibrating.layer_store(options.output, options.resume) as store:
+    measuring = budget.memory(to_spend[0], recipe) if to_spend is not None and recipe is not None else ()
+    plan = planning.make_plan(checkpoint, file.stored, recipe, max_ram, measuring)
+    chosen = None
+    with calibrating.layer_store(options.output, options.resume, options.dry_run) as store:
+        if to_spend is not None and recipe is not None:
+            chosen = budget.choose(*to_spend, recipe, store)
+            file, types = chosen.plan, chosen.options
+            plan = planning.make_plan(checkpoint, file.stored, recipe, max_ram, measuring, plan.base)
+        if options.dry_run:
+            planning.report(plan, options, gguf_grid, recipe, None if chosen is None else chosen.expected_kld)
+            return
+        kv_layout = calibrating.kv_layout(checkpoint, options)
+        check = check_of(options.output, checkpoint, file.fewest_bits(checkpoint)) if options.verify else None
         layers, record = None, calibrating.stored_record(checkpoint)
         if recipe is not None:
             layers, record = calibrating.quantized_layers(
@@ -214,19 +215,6 @@ def run(options: ExportOptions) -> None:
             layers=layers,
             record=record,
             kv_layout=kv_layout,
+            check=check,
         )
-    seconds = time.monotonic() - began
-    if options.json:
-        from qwen_quant.cli.output import print_json
-
-        fields = calibrating.result_fields(options.output, written, record, seconds)
-        print_json({**fields, "types": written.types, "notes": remarks})
-        return
-    from rich.console import Console
-
-    if written.layers and written.layers[0].reports:
-        Console().print(calibrating.layer_table(written.layers))
-    calibrating.print_notes(written.layers, written.unquantized)
-    counts = Counter(written.types.values())
-    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-    print(f"{options.output}: {written.bytes / 1e6:.1f} MB, {seconds:.1f} s, tensors: {kinds}")
+    report(checkpoint, options, written, record, remarks, began)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_quant.cli import calibrating
+from qwen_quant.cli.checking import check_of
+from qwen_quant.cli.exported import report
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,8 +15,11 @@ if TYPE_CHECKING:
     from qwen_quant.checkpoint import Checkpoint
     from qwen_quant.cli.export import ExportOptions
     from qwen_quant.exporters.onnx import Form, Written
+    from qwen_quant.quantize.kv_ranges import ChannelScales
+    from qwen_quant.quantize.plan_layer import Stage
+    from qwen_quant.quantize.stored import StoredTensor
 
-MEASURED_WINDOWS, MEASURED_TOKENS = 4, 128  # of calibration text, for the precision of each product
+MEASURED_WINDOWS, MEASURED_TOKENS = 2, 128  # of calibration text, for the precision of each product
 
 
 def run(options: ExportOptions) -> None:
@@ -32,27 +34,22 @@ def run(options: ExportOptions) -> None:
     began = time.monotonic()
     max_ram = planning.parse_ram(options.max_ram)
     checkpoint = Checkpoint.open(options.model)
-    remarks = notes(checkpoint)
+    remarks = notes(checkpoint) + calibrating.unknown_tensors(checkpoint) + cache_notes(options)
     if not options.json:
         calibrating.announce(remarks)
     form = form_of(options)
     _, grid = form.resolved(checkpoint)
     solving = grid is not None and checkpoint.quantization is None
     recipe = calibrating.recipe_of(options) if solving else None
-    plan = planning.make_plan(checkpoint, stored_tensors(checkpoint, form), recipe, max_ram)
+    stored = stored_tensors(checkpoint, form)
+    after = memory_after(options, checkpoint, stored, form)
+    plan = planning.make_plan(checkpoint, stored, recipe, max_ram, after)
     if options.dry_run:
         # An embedding's grid may be another than the layers'; it is rounded about as quickly.
         planning.report(plan, options, lambda kind: grid or IntGrid(8), recipe)
         return
     written, record = write(options, checkpoint, form, recipe, plan.keep_activations)
-    seconds = time.monotonic() - began
-    if options.json:
-        from qwen_quant.cli.output import print_json
-
-        fields = calibrating.result_fields(options.output, written, record, seconds)
-        print_json({**fields, "types": written.types, "notes": remarks, "check": written.check})
-        return
-    report(options, written, seconds)
+    report(checkpoint, options, written, record, remarks, began)
 
 
 def form_of(options: ExportOptions) -> Form:
@@ -70,6 +67,21 @@ def form_of(options: ExportOptions) -> Form:
     )
 
 
+def memory_after(
+    options: ExportOptions, checkpoint: Checkpoint, stored: list[StoredTensor], form: Form
+) -> tuple[Stage, ...]:
+    """What running the written folder will need."""
+    from qwen_quant.evaluate.selfcheck import WINDOW, WINDOWS
+    from qwen_quant.quantize.plan_beside import LOADED, checking, choosing
+
+    stages = []
+    if form.accuracy_level == "auto" and form.opset is None and any(tensor.quantized for tensor in stored):
+        stages.append(choosing(checkpoint.spec, stored, MEASURED_TOKENS))
+    if options.verify:
+        stages.append(checking(checkpoint.spec, stored, WINDOWS * WINDOW, LOADED))
+    return tuple(stages)
+
+
 def write(
     options: ExportOptions, checkpoint: Checkpoint, form: Form, recipe: Any, keep_activations: bool
 ) -> tuple[Written, dict[str, Any] | None]:
@@ -77,6 +89,10 @@ def write(
     from qwen_quant.exporters.onnx import export_onnx, grid_choice
 
     _, grid = form.resolved(checkpoint)
+    cache = cache_of(options, checkpoint)
+    check = (
+        check_of(options.output, checkpoint, bits_of(options, checkpoint, form)) if options.verify else None
+    )
     with calibrating.layer_store(options.output, options.resume) as store:
         layers, record = None, calibrating.stored_record(checkpoint)
         if recipe is not None and grid is not None:
@@ -90,10 +106,32 @@ def write(
             layers=layers,
             record=record,
             texts=texts_for(options, checkpoint) if form.accuracy_level == "auto" else None,
-            check=check_of(options.output, checkpoint, form) if options.verify else None,
+            cache=cache,
+            check=check,
             overwrite=options.overwrite,
         )
     return written, record
+
+
+def cache_of(options: ExportOptions, checkpoint: Checkpoint) -> ChannelScales | None:
+    """Scales of the quantized cache that is asked for. Raises UsageError for another than int8 and int4."""
+    from qwen_quant import calib_data
+    from qwen_quant.cli.kv import NUM_SAMPLES
+    from qwen_quant.errors import UsageError
+    from qwen_quant.quantize.kv_ranges import channel_scales
+    from qwen_quant.tokenizer import Tokenizer
+
+    if options.kv_cache is None:
+        return None
+    if options.kv_cache not in ("int8", "int4"):
+        raise UsageError(
+            f"--kv-cache {options.kv_cache}: ONNX's attention has int8 or int4 in all layers; choose one, or drop it"
+        )
+    documents = calib_data.load(options.dataset)
+    tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    length = min(options.seq_len, checkpoint.spec.plain_context)
+    windows = calib_data.sample(documents, tokenizer, NUM_SAMPLES, length, options.seed)
+    return channel_scales(checkpoint, windows, int(options.kv_cache[3:]))
 
 
 def texts_for(options: ExportOptions, checkpoint: Checkpoint) -> npt.NDArray[np.int32]:
@@ -107,26 +145,17 @@ def texts_for(options: ExportOptions, checkpoint: Checkpoint) -> npt.NDArray[np.
     return calib_data.sample(documents, tokenizer, MEASURED_WINDOWS, length, options.seed)
 
 
-def check_of(output: Path, checkpoint: Checkpoint, form: Form) -> Callable[[Path], dict[str, Any]]:
-    """What runs the written folder against the checkpoint."""
-    from qwen_quant.evaluate.selfcheck import self_check
-
-    bits = form.fewest_bits(checkpoint)
-    return lambda folder: self_check(folder, checkpoint, bits, where=output)
+def bits_of(options: ExportOptions, checkpoint: Checkpoint, form: Form) -> int:
+    """The fewest that anything is stored with."""
+    return min(form.fewest_bits(checkpoint), 16 if options.kv_cache is None else int(options.kv_cache[3:]))
 
 
-def report(options: ExportOptions, written: Written, seconds: float) -> None:
-    """What was written, for a terminal."""
-    from rich.console import Console
+def cache_notes(options: ExportOptions) -> list[str]:
+    """Who reads a folder with a quantized cache."""
+    from qwen_quant.exporters.onnx_folder import READERS
 
-    if written.layers and written.layers[0].reports:
-        Console().print(calibrating.layer_table(written.layers))
-    calibrating.print_notes(written.layers, written.unquantized)
-    counts = Counter(written.types.values())
-    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-    print(f"{options.output}: {written.bytes / 1e6:.1f} MB, {seconds:.1f} s, tensors: {kinds}")
-    if written.check:
-        kld, same = written.check["kld_mean"], written.check["top1_agreement"]
-        print(
-            f"checked on {written.check['tokens']} tokens: KLD {kld:.5f}, top-1 agreement {100 * same:.2f} %"
-        )
+    if options.kv_cache not in READERS:
+        return []
+    return [
+        f"with the {options.kv_cache} cache it runs on {READERS[options.kv_cache]}; others have FP32 ones"
+    ]

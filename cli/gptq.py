@@ -10,6 +10,7 @@ import typer
 
 from qwen_quant.cli import calibrating, options
 from qwen_quant.cli.calibrating import CalibrationOptions
+from qwen_quant.cli.checking import check_of, summary
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class GPTQOptions(CalibrationOptions):
     checkpoint_format: str
     max_shard_size: str
     tied_head: bool
+    verify: bool
     overwrite: bool
     json: bool
 
@@ -64,6 +66,7 @@ def command(
             help="Store a tied output head a second time: auto-gptq needs it, others do not.",
         ),
     ] = True,
+    verify: options.Verify = True,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
 ) -> None:
@@ -87,7 +90,7 @@ def run(options: GPTQOptions) -> None:
     limit = parse_size(options.max_shard_size)
     max_ram = planning.parse_ram(options.max_ram)
     checkpoint = Checkpoint.open(options.model)
-    remarks = notes(checkpoint, grid)
+    remarks = notes(checkpoint, grid) + calibrating.unknown_tensors(checkpoint)
     if not options.json:
         calibrating.announce(remarks)
     stored = stored_tensors(checkpoint, grid, options.tied_head)
@@ -110,6 +113,7 @@ def run(options: GPTQOptions) -> None:
             checkpoint_format=options.checkpoint_format,
             max_shard_bytes=limit,
             tied_head=options.tied_head,
+            check=check_of(options.output, checkpoint, options.bits) if options.verify else None,
             overwrite=options.overwrite,
         )
     if kv_layout is not None:
@@ -121,8 +125,8 @@ def run(options: GPTQOptions) -> None:
     if options.json:
         from qwen_quant.cli.output import print_json
 
-        fields = calibrating.result_fields(options.output, written, record, seconds)
-        print_json({**fields, "grid": grid.name, "notes": remarks})
+        fields = calibrating.result_fields(checkpoint, options.output, written, record, seconds)
+        print_json({**fields, "grid": grid.name, "notes": remarks, "check": written.check})
         return
     from rich.console import Console
 
@@ -131,6 +135,8 @@ def run(options: GPTQOptions) -> None:
     calibrating.print_notes(written.layers, written.unquantized)
     size = f"{written.bytes / 1e6:.1f} MB, {grid.name}"
     print(f"{options.output}: {size}, {seconds:.1f} s, peak {calibrating.peak_rss_mb():.0f} MB")
+    if written.check:
+        print(summary(written.check))
 
 
 def parse_size(text: str) -> int:

@@ -67,10 +67,12 @@ def command(
     spec = checkpoint.spec
     write_kv_file(path, found.spec, spec.num_key_value_heads, spec.head_dim, record(found))
     bytes_per_token = found.spec.bytes_per_token(spec.num_key_value_heads, spec.head_dim)
+    recent = found.spec.recent_bytes(spec.num_key_value_heads, spec.head_dim)
     if json:
         from qwen_quant.cli.output import print_json
 
-        print_json({"output": str(path), "kv_bytes_per_token": bytes_per_token, **record(found)})
+        sizes = {"kv_bytes_per_token": bytes_per_token, "kv_recent_bytes": recent}
+        print_json({"output": str(path), **sizes, **record(found)})
         return
     from rich.console import Console
 
@@ -78,8 +80,8 @@ def command(
     warn_of_bias(found)
     whole = 4 * spec.num_hidden_layers * spec.kv_size
     print(
-        f"{path}: {bytes_per_token:,.0f} bytes per token, {bytes_per_token / whole:.3f} of F16; "
-        f"KLD {found.kld:.5f} nats on the calibration windows"
+        f"{path}: {bytes_per_token:,.0f} bytes per token, {bytes_per_token / whole:.3f} of F16, and {recent:,} for "
+        f"recent tokens; KLD {found.kld:.5f} nats on the calibration windows"
     )
 
 

@@ -82,6 +82,12 @@ Resume = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is not empty.")]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify/--no-verify", help="Run what was written against the checkpoint before it is kept."
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Print what would be written, with memory and time; write nothing."),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qwen_quant.cli.gptq import GPTQOptions
     from qwen_quant.grids.base import AffineGrid
     from qwen_quant.quantize.plan import Plan
+    from qwen_quant.quantize.plan_layer import Stage
     from qwen_quant.quantize.recipe import Recipe
     from qwen_quant.quantize.speed import Speed
     from qwen_quant.quantize.stored import StoredTensor
@@ -42,9 +43,15 @@ def parse_size(text: str, option: str) -> int:
 
 
 def make_plan(
-    checkpoint: Checkpoint, tensors: list[StoredTensor], recipe: Recipe | None, max_ram: int | None
+    checkpoint: Checkpoint,
+    tensors: list[StoredTensor],
+    recipe: Recipe | None,
+    max_ram: int | None,
+    beside: tuple[Stage, ...] = (),
+    base: float | None = None,
 ) -> Plan:
-    """The plan of a run, lowered to fit `max_ram` bytes where that changes nothing in the result.
+    """The plan of a run, lowered to fit `max_ram` bytes where that changes nothing in the result; `beside` is what it
+    does besides quantizing, `base` what the process held before, now by default.
 
     Raises ResourceError when it does not fit, CheckpointError or UsageError when the run would not begin.
     """
@@ -55,7 +62,8 @@ def make_plan(
     if recipe is not None and recipe.calibrate:
         require_full_precision(checkpoint)
         pick_device(recipe.device)
-    plan = plan_run(checkpoint.spec, tensors, recipe, resident_bytes())
+    base = resident_bytes() if base is None else base
+    plan = plan_run(checkpoint.spec, tensors, recipe, base, beside=beside)
     return plan if max_ram is None else fit(plan, checkpoint.spec, recipe, max_ram, str(checkpoint.folder))
 
 

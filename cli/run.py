@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -88,6 +88,16 @@ Seed = Annotated[
     int | None,
     typer.Option("--seed", show_default=False, help="Makes sampling repeatable; random by default."),
 ]
+Samples = Annotated[
+    int,
+    typer.Option(
+        "--samples",
+        min=1,
+        max=256,
+        help="Write this many answers, side by side: the prompt is read once, the weights once for a token of each. "
+        "Seeds count up from --seed.",
+    ),
+]
 Lookup = Annotated[
     bool,
     typer.Option(
@@ -139,6 +149,7 @@ def command(
     min_p: MinP = 0.0,
     repetition_penalty: Penalty = 1.0,
     seed: Seed = None,
+    samples: Samples = 1,
     lookup: Lookup = False,
     draft_max: DraftMax = 8,
     ctx_size: CtxSize = None,
@@ -152,14 +163,14 @@ def command(
 ) -> None:
     """Generate text on the CPU from a GGUF file or a checkpoint; without a prompt, chat on the terminal."""
     from qwen_quant.cli.prompts import read_request
-    from qwen_quant.runtime.sampling import SamplingParams
-    from qwen_quant.runtime.session import Session
+    from qwen_quant.errors import UsageError
 
-    sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    if samples > 1 and (lookup or prompt_cache):
+        raise UsageError("--samples goes without --lookup and --prompt-cache; leave them out")
     request = read_request(
         prompt, file, messages, tools, system=system, raw=raw, thinking=thinking, json=json
     )
-    session = Session.open(
+    session = open_session(
         find_file(model),
         n_threads=threads,
         isa=isa,
@@ -167,17 +178,36 @@ def command(
         cache_type_k=cache_type_k or kv_cache or "f16",
         cache_type_v=cache_type_v or kv_cache or "f16",
     )
+    from qwen_quant.runtime.sampling import SamplingParams
+
+    sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     session.draft_max = draft_max if lookup else 0
     request.check(session.tokenizer)
+    limit = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens
     save = kept_prompt(session, prompt_cache) if prompt_cache else None
     if request.interactive:
         chat(session, request, sampling, max_tokens)
         if save:
             save()
+    elif samples > 1:
+        from qwen_quant.cli.samples import complete_all
+
+        complete_all(session, request, sampling, limit, samples)
     else:
         session.after_prompt = save
         answer = go_on if request.is_plain(session.tokenizer) else complete
-        answer(session, request, sampling, DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens)
+        answer(session, request, sampling, limit)
+
+
+def open_session(path: Path, **options: Any) -> Session:
+    """What is in `path`, with the options of Session.open. The weights of a GGUF file are loaded while Python imports
+    what it needs and the tokenizer is built."""
+    from qwen_quant.runtime.loading import Loading
+
+    loading = Loading(path, **options) if path.is_file() else None
+    from qwen_quant.runtime.session import Session
+
+    return Session.of(loading) if loading else Session.open(path, **options)
 
 
 def kept_prompt(session: Session, path: Path) -> Callable[[], None]:
@@ -200,10 +230,12 @@ def kept_prompt(session: Session, path: Path) -> Callable[[], None]:
 
 def find_file(model: str) -> Path:
     """The GGUF file or ONNX folder that MODEL names; a checkpoint folder is copied to a GGUF file first."""
+    path = Path(model).expanduser()
+    if path.is_file():  # without the packages that reading a checkpoint needs
+        return path
     from qwen_quant.runtime.onnx import is_onnx_folder
 
-    path = Path(model).expanduser()
-    if path.is_file() or is_onnx_folder(path):  # without the packages that reading a checkpoint needs
+    if is_onnx_folder(path):
         return path
     from qwen_quant.checkpoint import resolve_model
     from qwen_quant.cli.cached import gguf_of

@@ -6,7 +6,7 @@ memory holds one tensor, or one decoder layer while the quantizer delivers them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
@@ -16,6 +16,7 @@ import numpy as np
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError
+from qwen_quant.exporters import gguf_evidence
 from qwen_quant.exporters.gguf_metadata import (
     add_kv_layout,
     add_metadata,
@@ -68,6 +69,7 @@ class Written:
     types: dict[str, str] = field(default_factory=dict)
     layers: list[Any] = field(default_factory=list)
     unquantized: dict[str, str] = field(default_factory=dict)
+    check: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,13 @@ class FilePlan:
     def stored(self) -> list[StoredTensor]:
         """The tensors as a plan of memory and time counts them."""
         return [choice.planned for choice in self.choices]
+
+    def fewest_bits(self, checkpoint: Checkpoint) -> int:
+        """The coarsest rounding between the checkpoint and what the file's reader computes: 16 where there is hardly
+        any. Integers of a GPTQ checkpoint are the same here and there; products with them round activations to 8."""
+        blocks = [choice for choice in self.choices if choice.type in GRIDS]
+        rounded = [c.type for c in blocks if not any(checkpoint.is_quantized(i.name) for i in c.stored)]
+        return min([16, *(gguf_grid(kind).bits for kind in rounded), *([8] if blocks else [])])
 
 
 def plan_file(
@@ -113,13 +122,15 @@ def export_gguf(
     record: Mapping[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
     kv_layout: KVCacheSpec | None = None,
+    check: Callable[[Path], dict[str, Any]] | None = None,
 ) -> Written:
     """Write `checkpoint` as a GGUF file with the types of `plan_file`.
 
     `layers` delivers quantized decoder layers in order, on the grids of that plan; without it weights are rounded to
     nearest, and the integers of a GPTQ checkpoint are repacked unchanged. Norms and biases stay F32. `record` (the
     recipe) is written under `qwen_quant.*`, and `kv_layout`, the calibrated cache of keys and values, under
-    `qwen_quant.kv_cache.*` as arrays, which llama.cpp leaves alone (it counts tensors).
+    `qwen_quant.kv_cache.*` as arrays, which llama.cpp leaves alone (it counts tensors). `check` runs the file before
+    it gets its name; what it returns is written under `qwen_quant.check.*`, and an error of it leaves nothing behind.
 
     Raises what `plan_file` raises, FormatError when a tensor does not fit its type, CheckpointError for weights that
     are missing or not finite, OutputError when `output` cannot be written.
@@ -132,6 +143,8 @@ def export_gguf(
     with atomic_file(Path(output)) as path:
         writer = gguf.GGUFWriter(path, architecture(checkpoint.spec))
         try:
+            if check is not None:
+                gguf_evidence.reserve(writer)
             add_metadata(writer, checkpoint, tokenizer, plan.file_type, record or {})
             if kv_layout is not None:
                 add_kv_layout(writer, checkpoint, kv_layout)
@@ -142,6 +155,9 @@ def export_gguf(
                 _write_layers(writer, checkpoint, choices, layers, written)
         finally:
             writer.close()
+        if check is not None:
+            written.check = check(path)
+            gguf_evidence.fill(path, written.check)
         written.bytes = path.stat().st_size
     return written
 

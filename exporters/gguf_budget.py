@@ -64,7 +64,7 @@ class Budget:
         return int(bits_per_weight / 8 * weights)
 
     def header_bytes(self, tokenizer: Tokenizer) -> int:
-        """What a file holds before its tensors, and some room for the recipe."""
+        """What a file holds before its tensors, and some room for the recipe and the check."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "header.gguf"
             writer = gguf.GGUFWriter(path, architecture(self.checkpoint.spec))

@@ -16,7 +16,7 @@ from qwen_quant.grids.gguf import GRIDS, BlockGrid, gguf_grid
 from qwen_quant.grids.gptq import IntGrid
 from qwen_quant.quantize.recipe import GridChoice
 from qwen_quant.quantize.stored import StoredTensor
-from qwen_quant.safetensors import f32_to_bf16
+from qwen_quant.safetensors import encode_floats
 from qwen_quant.spec import TensorInfo
 
 _STORED = {"F64": "F32", "F32": "F32", "F16": "F16", "BF16": "BF16"}
@@ -224,27 +224,19 @@ def stored_parts(checkpoint: Checkpoint, choice: Choice) -> Iterator[np.ndarray]
             if choice.type in GRIDS:
                 yield pack_tensor(where, tensor, gguf_grid(choice.type))
             else:
-                yield from encode_floats(where, [tensor.decode()], choice.type)
+                yield from rounded_parts(where, [tensor.decode()], choice.type)
         else:
-            yield from encode_floats(where, checkpoint.source.chunks(name), choice.type)
+            yield from rounded_parts(where, checkpoint.source.chunks(name), choice.type)
 
 
-def encode_floats(where: str, parts: Iterable[np.ndarray], type_name: str) -> Iterator[np.ndarray]:
+def rounded_parts(where: str, parts: Iterable[np.ndarray], type_name: str) -> Iterator[np.ndarray]:
     """Float32 rows as the stored bytes of `type_name`; grids are rounded without calibration."""
     for part in parts:
         if type_name in GRIDS:
             grid = gguf_grid(type_name)
             yield grid.pack(grid.uncalibrated(part))
-        elif type_name == "BF16":
-            yield f32_to_bf16(part)
-        elif type_name == "F16":
-            with np.errstate(over="ignore"):
-                half = part.astype("<f2")
-            if not np.isfinite(half).all():
-                raise FormatError(f"{where}: holds values beyond FP16's 65504; export with --type BF16")
-            yield half
         else:
-            yield part.astype("<f4", copy=False)
+            yield encode_floats(where, part, type_name)
 
 
 def pack_tensor(where: str, tensor: QuantizedTensor, grid: BlockGrid) -> np.ndarray:

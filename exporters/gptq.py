@@ -6,22 +6,23 @@ Tensors are streamed: every shape is known from the spec, so shards are laid out
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qwen_quant import __version__
-from qwen_quant.checkpoint import INDEX, SINGLE, Checkpoint
+from qwen_quant.checkpoint import INDEX, Checkpoint
 from qwen_quant.config import config_for_all_readers
 from qwen_quant.errors import FormatError
+from qwen_quant.exporters.gptq_shards import ShardSet, shards_of, write_index
 from qwen_quant.files import SIDE_FILES, atomic_folder, copy_side_files
 from qwen_quant.grids.gptq import GPTQ_FORMATS, GROUP_SIZES, IntGrid, pack
 from qwen_quant.names import HEAD
 from qwen_quant.quantize.layer import QuantizedLayer
 from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.quantize.stored import StoredTensor
-from qwen_quant.safetensors import Planned, SafetensorsWriter
+from qwen_quant.safetensors import Planned
 from qwen_quant.spec import TensorInfo
 
 # Checkpoints of Qwen (1) come with their model's code (auto_map), which we never run but other readers need.
@@ -31,11 +32,13 @@ NOT_COPIED = ("config.json", "quantize_config.json", INDEX)
 
 @dataclass
 class Written:
-    """What `export_gptq` wrote: total bytes, and the tensors left in full precision with the reason."""
+    """What `export_gptq` wrote: bytes, how each tensor is stored, and why some are left in full precision."""
 
     bytes: int = 0
+    types: dict[str, str] = field(default_factory=dict)
     layers: list[QuantizedLayer] = field(default_factory=list)
     unquantized: dict[str, str] = field(default_factory=dict)
+    check: dict[str, Any] = field(default_factory=dict)
 
 
 def quantization_config(
@@ -68,41 +71,61 @@ def export_gptq(
     checkpoint_format: str = GPTQ_FORMATS[0],
     max_shard_bytes: int = 4 << 30,
     tied_head: bool = True,
+    check: Callable[[Path], dict[str, Any]] | None = None,
     overwrite: bool = False,
 ) -> Written:
     """Write a GPTQ checkpoint folder from `layers`, which arrive in order and are written as they come.
 
     `record` (the recipe with data hashes) is embedded under `meta`. A tied head is stored a second time unless
-    `tied_head` is False, because auto-gptq leaves it uninitialised otherwise. Raises FormatError when a shape
-    cannot be packed, OutputError when `output` cannot be written.
+    `tied_head` is False, because auto-gptq leaves it uninitialised otherwise. `check` tries the folder before it gets
+    its name; what it returns stands beside the recipe, and an error of it leaves nothing behind.
+
+    Raises FormatError when a shape cannot be packed, OutputError when `output` cannot be written.
     """
     check_packable(checkpoint)
     planned = list(_plan(checkpoint, grid, tied_head))
-    shards = _shards(planned, max_shard_bytes)
-    written = Written()
+    shards = shards_of(planned, max_shard_bytes)
+    written = Written(types=_types(checkpoint, grid, tied_head))
     config = quantization_config(grid, recipe, record, checkpoint_format)
     if checkpoint.spec.moe is not None:
         config["modules_in_block_to_quantize"] = quantized_modules(checkpoint)
-    with atomic_folder(output, overwrite) as folder, _ShardSet(folder, shards) as out:
-        for layer in layers:
-            for info in checkpoint.spec.layer_tensors(layer.layer):
-                if info.name in layer.tensors:
-                    packed = pack(layer.tensors[info.name], checkpoint_format)
-                    for part, array in vars(packed).items():
-                        out.writer(f"{_stem(info)}{part}").write(f"{_stem(info)}{part}", array)
-                else:
-                    _copy(checkpoint, info.name, info.name, out)
-            layer.tensors.clear()
-            written.layers.append(layer)
-        for info in checkpoint.spec.outer_tensors():
-            _copy(checkpoint, info.name, info.name, out)
-        if checkpoint.spec.tie_word_embeddings and tied_head:
-            _copy(checkpoint, _embedding(checkpoint), f"{HEAD}.weight", out)
+    with atomic_folder(output, overwrite) as folder:
+        with ShardSet(folder, shards) as out:
+            _write_tensors(checkpoint, layers, out, written, checkpoint_format, tied_head)
+        _copy_files(checkpoint, folder)
         _write_configs(checkpoint, folder, config)
-        _write_index(folder, shards)
+        write_index(folder, shards)
+        if check is not None:
+            config["meta"]["check"] = written.check = check(folder)
+            _write_configs(checkpoint, folder, config)
         written.bytes = sum(path.stat().st_size for path in folder.iterdir())
     written.unquantized = _reasons(checkpoint)
     return written
+
+
+def _write_tensors(
+    checkpoint: Checkpoint,
+    layers: Iterable[QuantizedLayer],
+    out: ShardSet,
+    written: Written,
+    checkpoint_format: str,
+    tied_head: bool,
+) -> None:
+    """Each layer as it arrives; its integers are let go. Last what lies outside."""
+    for layer in layers:
+        for info in checkpoint.spec.layer_tensors(layer.layer):
+            if info.name in layer.tensors:
+                packed = pack(layer.tensors[info.name], checkpoint_format)
+                for part, array in vars(packed).items():
+                    out.writer(f"{_stem(info)}{part}").write(f"{_stem(info)}{part}", array)
+            else:
+                _copy(checkpoint, info.name, info.name, out)
+        layer.tensors.clear()
+        written.layers.append(layer)
+    for info in checkpoint.spec.outer_tensors():
+        _copy(checkpoint, info.name, info.name, out)
+    if checkpoint.spec.tie_word_embeddings and tied_head:
+        _copy(checkpoint, _embedding(checkpoint), f"{HEAD}.weight", out)
 
 
 def quantized_modules(checkpoint: Checkpoint) -> list[list[str]]:
@@ -181,6 +204,15 @@ def _stored(checkpoint: Checkpoint, info: TensorInfo, grid: IntGrid) -> list[Pla
     ]
 
 
+def _types(checkpoint: Checkpoint, grid: IntGrid, tied_head: bool) -> dict[str, str]:
+    """How each tensor is stored: on the grid, or as the checkpoint has it."""
+    heads = [_tied_head(checkpoint)] if checkpoint.spec.tie_word_embeddings and tied_head else []
+    return {
+        info.name: grid.name if info.role == "linear" else checkpoint.source.dtype(info.name)
+        for info in checkpoint.spec.tensors()
+    } | {head.name: head.dtype for head in heads}
+
+
 def _tied_head(checkpoint: Checkpoint) -> Planned:
     spec = checkpoint.spec
     dtype = checkpoint.source.dtype(_embedding(checkpoint))
@@ -211,63 +243,22 @@ def stored_tensors(checkpoint: Checkpoint, grid: IntGrid, tied_head: bool = True
     return list(found.values())
 
 
-def _shards(planned: list[Planned], limit: int) -> dict[str, list[Planned]]:
-    """File names and their tensors: filled in order, none above `limit` bytes unless one tensor is."""
-    groups: list[list[Planned]] = [[]]
-    size = 0
-    for tensor in planned:
-        if groups[-1] and size + tensor.nbytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.nbytes
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    total = len(groups)
-    return {f"model-{i:05d}-of-{total:05d}.safetensors": group for i, group in enumerate(groups, 1)}
-
-
-class _ShardSet:
-    """All shards open for writing at once; `writer(name)` is the one that holds a tensor."""
-
-    def __init__(self, folder: Path, shards: dict[str, list[Planned]]) -> None:
-        self._writers = {
-            shard: SafetensorsWriter(folder / shard, tensors) for shard, tensors in shards.items()
-        }
-        self._shard_of = {t.name: shard for shard, tensors in shards.items() for t in tensors}
-
-    def writer(self, name: str) -> SafetensorsWriter:
-        return self._writers[self._shard_of[name]]
-
-    def __enter__(self) -> _ShardSet:
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        for writer in self._writers.values():
-            writer.__exit__(kind, error, trace)
-
-
-def _copy(checkpoint: Checkpoint, name: str, target: str, out: _ShardSet) -> None:
+def _copy(checkpoint: Checkpoint, name: str, target: str, out: ShardSet) -> None:
     """Copy a tensor as it is stored, in pieces, checking that it is finite."""
     out.writer(target).write_rows(target, checkpoint.source.raw_chunks(name))
 
 
-def _write_configs(checkpoint: Checkpoint, folder: Path, config: dict[str, Any]) -> None:
+def _copy_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Tokenizer files and the like."""
     code = (CODE,) if "auto_map" in checkpoint.spec.config else ()
     copy_side_files(checkpoint.folder, folder, (*SIDE_FILES, *code), leave_out=NOT_COPIED)
+
+
+def _write_configs(checkpoint: Checkpoint, folder: Path, config: dict[str, Any]) -> None:
     model = config_for_all_readers(checkpoint.spec)
     model["quantization_config"] = config
     (folder / "config.json").write_text(json.dumps(model, indent=2) + "\n", encoding="utf-8")
     (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_index(folder: Path, shards: dict[str, list[Planned]]) -> None:
-    if len(shards) == 1:
-        return
-    total = sum(tensor.nbytes for tensors in shards.values() for tensor in tensors)
-    weight_map = {tensor.name: shard for shard, tensors in shards.items() for tensor in tensors}
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _reasons(checkpoint: Checkpoint) -> dict[str, str]:

@@ -37,6 +37,7 @@ from qwen_quant.exporters.onnx_weights import Layer, Weights
 from qwen_quant.files import atomic_folder
 from qwen_quant.grids.gptq import IntGrid
 from qwen_quant.progress import progress
+from qwen_quant.quantize.kv_ranges import ChannelScales
 from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.spec import TensorInfo
 from qwen_quant.tokenizer import Tokenizer
@@ -116,14 +117,16 @@ def export_onnx(
     record: Mapping[str, Any] | None = None,
     texts: npt.NDArray[np.integer] | None = None,
     check: Callable[[Path], dict[str, Any]] | None = None,
+    cache: ChannelScales | None = None,
     overwrite: bool = False,
 ) -> Written:
     """Write `checkpoint` as an ONNX folder.
 
     `layers` delivers quantized decoder layers in order, on the grid of `form`; without it the integers of a GPTQ
     checkpoint are carried over unchanged, or floats are stored. `record` (the recipe) goes into the graph's metadata.
-    `texts`, token windows [n, T], are what accuracy_level auto measures with. `check` runs the folder before it gets
-    its name; what it returns is written beside the recipe, and an error of it leaves nothing behind.
+    `texts`, token windows [n, T], are what accuracy_level auto measures with. `cache` has the scales of a quantized
+    cache of keys and values. `check` runs the folder before it gets its name; what it returns is written beside the
+    recipe, and an error of it leaves nothing behind.
 
     Raises UsageError for unknown types, FormatError for what ONNX's operators cannot hold, CheckpointError for
     weights that are missing or not finite, ConfigError for a tokenizer that cannot be read, OutputError when `output`
@@ -145,10 +148,12 @@ def export_onnx(
         file.parent.mkdir()
         with WeightFile(file.with_name(f"{file.name}_data")) as data:
             graph = Graph(data, form.operators.opset)
-            ops = form.operators(graph, Weights(checkpoint, choices), checkpoint.spec)
+            ops = form.operators(graph, Weights(checkpoint, choices), checkpoint.spec, cache)
             build(graph, ops, _arriving(checkpoint, layers, written), checkpoint.spec.plain_context)
         onnx.save_model(graph.model(checkpoint.folder.resolve().name), file)
         facts = {"version": __version__, **(record or {})}
+        if cache is not None:
+            facts["kv_cache"] = f"int{cache.bits}"
         facts |= _set_accuracy(file, form, texts)
         write_folder(checkpoint, tokenizer, folder, file, kind, ops, form.accuracy_level)
         if check is not None:

@@ -5,7 +5,6 @@ Both kinds of a MatMulNBits are run on the same activations of real text, side b
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
-from qwen_quant.runtime.onnx import open_graph
+from qwen_quant.exporters.onnx_pieces import Values, run_pieces, with_rows_apart
 
 LEVELS = {"0": 0, "4": 4}
 AUTO = "auto"
@@ -59,22 +58,23 @@ def set_level(path: Path, level: int) -> None:
 def choose_levels(path: Path, texts: npt.NDArray[np.integer]) -> Accuracy:
     """Measure every MatMulNBits of the graph on token windows [n, T], and give level 4 to those below LIMITS.
 
-    QMoE stays at level 0. Needs memory for the weights of both kinds.
+    QMoE stays at level 0. The graph runs in pieces: memory holds the weights of one, of both kinds.
     """
     model = onnx.load(path, load_external_data=False)
     products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
     if not products:
         return Accuracy({}, {})
     found = Accuracy({}, {})
-    errors = _measure(path, model, products, texts)
+    beside, feeds = path.with_name(f".{path.name}.measured"), [_feeds(model, text) for text in texts]
+    errors = _measure(beside, model, feeds)
     for node in products:
         bits = next(a.i for a in node.attribute if a.name == "bits")
         fast = errors[node.name] <= LIMITS[bits]
         (found.fast if fast else found.exact)[node.name] = errors[node.name]
         _set(node, 4 if fast else 0)
-    chosen = [product_level(node) for node in products]
-    found.trials.update(_trials(path, model, products, {"0": 0, "4": 4, AUTO: chosen}, texts))
     onnx.save(model, path)
+    chosen = [product_level(node) for node in products]
+    found.trials.update(_trials(beside, model, products, {"0": 0, "4": 4, AUTO: chosen}, feeds))
     return found
 
 
@@ -84,30 +84,23 @@ def product_level(node: onnx.NodeProto) -> int:
 
 
 def _trials(
-    path: Path,
+    beside: Path,
     model: onnx.ModelProto,
     products: Sequence[onnx.NodeProto],
     settings: Mapping[str, int | list[int]],
-    texts: npt.NDArray[np.integer],
+    feeds: Sequence[Values],
 ) -> dict[str, dict[str, float]]:
     """What each setting buys and costs: the share of tokens whose best continuation is that of the first setting,
-    and the seconds to read `texts`. The last setting is left in `model`."""
+    and the seconds to read all texts."""
+    model.graph.node.append(helper.make_node("ArgMax", ["logits"], ["best"], axis=-1, keepdims=0))
     best: list[npt.NDArray[np.integer]] = []
     found = {}
-    beside = path.with_name(f".{path.name}.measured")
     for name, levels in settings.items():
         each = [levels] * len(products) if isinstance(levels, int) else levels
         for node, level in zip(products, each, strict=True):
             _set(node, level)
-        try:
-            onnx.save(model, beside)
-            session = open_graph(beside)
-        finally:
-            beside.unlink(missing_ok=True)
-        began = time.perf_counter()
-        logits = [session.run(["logits"], _feeds(session, text))[0][0] for text in texts]
-        seconds = time.perf_counter() - began
-        best.append(np.concatenate([part.argmax(axis=-1) for part in logits]))
+        values, seconds = run_pieces(beside, model, feeds, ["best"])
+        best.append(np.concatenate([of_text["best"][0] for of_text in values]))
         found[name] = {"top1_agreement": float((best[-1] == best[0]).mean()), "seconds": round(seconds, 3)}
     return found
 
@@ -118,29 +111,26 @@ def _set(node: onnx.NodeProto, level: int) -> None:
         attribute.i = level
 
 
-def _measure(
-    path: Path, model: onnx.ModelProto, products: Sequence[onnx.NodeProto], texts: npt.NDArray[np.integer]
-) -> dict[str, float]:
+def _measure(beside: Path, model: onnx.ModelProto, feeds: Sequence[Values]) -> dict[str, float]:
     """The relative error of each product at level 4, over all windows."""
-    doubled = onnx.ModelProto()
-    doubled.CopyFrom(model)
-    for node in products:
-        doubled.graph.node.extend(_compared(node))
-        for part in ("gap", "size"):
-            doubled.graph.output.append(
-                helper.make_tensor_value_info(f"{node.name}.{part}", TensorProto.FLOAT, [])
-            )
-    beside = path.with_name(f".{path.name}.measured")
-    try:
-        onnx.save(doubled, beside)
-        session = open_graph(beside)
-        wanted = [f"{node.name}.{part}" for node in products for part in ("gap", "size")]
-        sums = sum(np.array(session.run(wanted, _feeds(session, text))) for text in texts)
-    finally:
-        beside.unlink(missing_ok=True)
-    gaps, sizes = np.asarray(sums).reshape(-1, 2).T
-    found = np.sqrt(gaps / np.maximum(sizes, np.finfo(np.float32).tiny))
-    return {node.name: float(error) for node, error in zip(products, found, strict=True)}
+    doubled, names = with_rows_apart(model)
+    nodes = list(doubled.graph.node)
+    del doubled.graph.node[:]
+    for node in nodes:
+        if node.name in names:
+            _set(node, 0)
+        doubled.graph.node.append(node)
+        if node.name in names:
+            doubled.graph.node.extend(_compared(node))
+    wanted = [f"{name}.{part}" for name in names for part in ("gap", "size")]
+    values, _ = run_pieces(beside, doubled, feeds, wanted)
+    sums: dict[str, npt.NDArray[np.float64]] = {}
+    for part, name in names.items():
+        pair = [[of_text[f"{part}.gap"], of_text[f"{part}.size"]] for of_text in values]
+        sums[name] = sums.get(name, np.zeros(2)) + np.sum(pair, axis=0)
+    return {
+        name: float(np.sqrt(gap / max(size, np.finfo(np.float32).tiny))) for name, (gap, size) in sums.items()
+    }
 
 
 def _compared(node: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -158,14 +148,15 @@ def _compared(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     ]
 
 
-def _feeds(session: object, text: npt.NDArray[np.integer]) -> dict[str, np.ndarray]:
+def _feeds(model: onnx.ModelProto, text: npt.NDArray[np.integer]) -> Values:
     """Inputs of a prompt [T] on an empty cache."""
     feeds = {
         "input_ids": text.astype(np.int64)[None],
         "attention_mask": np.ones((1, len(text)), dtype=np.int64),
         "position_ids": np.arange(len(text), dtype=np.int64)[None],
     }
-    for value in session.get_inputs():  # type: ignore[attr-defined]
-        if value.name not in feeds:
-            feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), dtype=np.float32)
+    for value in model.graph.input:
+        if value.name.startswith("past_key_values."):
+            _, heads, _, size = (dim.dim_value for dim in value.type.tensor_type.shape.dim)
+            feeds[value.name] = np.zeros((1, heads, 0, size), dtype=np.float32)
     return feeds

@@ -27,6 +27,12 @@ GENAI = "genai_config.json"
 # transformers.js's dtypes, each the end of a file name. BF16 weights are computed with as FP32.
 DTYPES = {"F32": "fp32", "F16": "fp16", "BF16": "fp32", "int4": "q4", "int8": "int8"}
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "q4": "_q4", "int8": "_int8"}
+# Who runs the graph (genai_config.json, ORTModelForCausalLM), by the cache's type: the others hand over FP32 ones.
+READERS = {
+    "F32": "onnxruntime, onnxruntime-genai, Optimum and transformers.js",
+    "int8": "onnxruntime, onnxruntime-genai and Optimum",
+    "int4": "onnxruntime and onnxruntime-genai",
+}
 NOT_COPIED = ("config.json", "quantize_config.json", GENAI, INDEX)
 
 
@@ -136,10 +142,10 @@ def write_card(
     """README.md, the model card: https://huggingface.co/docs/hub/model-cards"""
     name = checkpoint.folder.resolve().name
     counts = Counter(types.values())
-    check = facts.get("check")
+    check, cache = facts.get("check"), facts.get("kv_cache", "F32")
     lines = [
         "---",
-        "library_name: transformers.js",
+        f"library_name: {'transformers.js' if cache == 'F32' else 'onnxruntime-genai'}",
         "pipeline_tag: text-generation",
         f"base_model: {checkpoint.spec.config.get('_name_or_path') or name}",
         "tags: [onnx, qwen, qwen-quant]",
@@ -147,9 +153,9 @@ def write_card(
         "",
         f"# {name}, ONNX",
         "",
-        f"Written by qwen-quant {__version__}. The graph is `{graph.relative_to(folder).as_posix()}`; it runs on",
-        "onnxruntime, onnxruntime-genai (`genai_config.json`), Optimum (`ORTModelForCausalLM`), transformers.js, and",
-        f"with `qwen-quant run {folder_name(folder)}`.",
+        f"Written by qwen-quant {__version__}. The graph is `{graph.relative_to(folder).as_posix()}`,",
+        f"its cache of keys and values is {cache}. It runs on {READERS[cache]},",
+        f"and with `qwen-quant run {folder_name(folder)}`.",
         "",
         "| type | tensors |",
         "|---|---:|",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from onnx import TensorProto
@@ -115,6 +116,7 @@ class FusedOps(Ops):
         spec, window = self.spec, self.spec.window(layer)
         query, key, value = qkv if len(qkv) == 3 else (qkv[0], "", "")
         context = self.graph.value("context")
+        scales, kinds = self._cache_scales(layer)
         self.graph.contrib(
             "GroupQueryAttention",
             query,
@@ -126,11 +128,24 @@ class FusedOps(Ops):
             step.cos,
             step.sin,
             step.positions,
+            *scales,
             outputs=[context, f"present.{layer}.key", f"present.{layer}.value"],
             num_heads=spec.num_attention_heads,
             kv_num_heads=spec.num_key_value_heads,
             do_rotary=1,
             rotary_interleaved=0,
             local_window_size=-1 if window is None else window,
+            **kinds,
         )
         return context
+
+    def _cache_scales(self, layer: int) -> tuple[list[str], dict[str, Any]]:
+        """Inputs and attributes of a quantized cache; none of both without one."""
+        if self.cache is None:
+            return [], {}
+        keys, values = (
+            self.graph.array(f"layers.{layer}.{half}_scale", scales[layer].ravel())
+            for half, scales in (("key", self.cache.keys), ("value", self.cache.values))
+        )
+        kinds = {f"{half}_quant_type": "PER_CHANNEL" for half in "kv"}
+        return ["", "", keys, values], {**kinds, "kv_cache_bit_width": self.cache.bits}

@@ -20,25 +20,34 @@ from qwen_quant.spec import ModelSpec
 LAST_ONLY = "num_logits_to_keep"
 
 
-def add_inputs(graph: Graph, spec: ModelSpec) -> None:
+def cache_form(ops: Ops) -> tuple[str, int]:
+    """Type and last dimension of the caches: FP32, int8, or two 4-bit codes to a byte."""
+    if ops.cache is None:
+        return "F32", ops.spec.head_dim
+    return ("I8", ops.spec.head_dim) if ops.cache.bits == 8 else ("U8", ops.spec.head_dim // 2)
+
+
+def add_inputs(graph: Graph, ops: Ops) -> None:
     """Tokens, mask, positions and caches; 0 logits to keep means all."""
     graph.input("input_ids", "I64", ("batch_size", "sequence_length"))
     graph.input("attention_mask", "I64", ("batch_size", "total_sequence_length"))
     graph.input("position_ids", "I64", ("batch_size", "sequence_length"))
-    shape = ("batch_size", spec.num_key_value_heads, "past_sequence_length", spec.head_dim)
-    for layer in range(spec.num_hidden_layers):
-        graph.input(f"past_key_values.{layer}.key", "F32", shape)
-        graph.input(f"past_key_values.{layer}.value", "F32", shape)
+    kind, width = cache_form(ops)
+    shape = ("batch_size", ops.spec.num_key_value_heads, "past_sequence_length", width)
+    for layer in range(ops.spec.num_hidden_layers):
+        graph.input(f"past_key_values.{layer}.key", kind, shape)
+        graph.input(f"past_key_values.{layer}.value", kind, shape)
     graph.optional_input(LAST_ONLY, np.array(0, dtype=np.int64))
 
 
-def add_outputs(graph: Graph, spec: ModelSpec) -> None:
+def add_outputs(graph: Graph, ops: Ops) -> None:
     """Logits and caches."""
+    spec, (kind, width) = ops.spec, cache_form(ops)
     graph.output("logits", "F32", ("batch_size", "logits_length", spec.vocab_size))
-    shape = ("batch_size", spec.num_key_value_heads, "total_sequence_length", spec.head_dim)
+    shape = ("batch_size", spec.num_key_value_heads, "total_sequence_length", width)
     for layer in range(spec.num_hidden_layers):
-        graph.output(f"present.{layer}.key", "F32", shape)
-        graph.output(f"present.{layer}.value", "F32", shape)
+        graph.output(f"present.{layer}.key", kind, shape)
+        graph.output(f"present.{layer}.value", kind, shape)
 
 
 def rotary_tables(spec: ModelSpec, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +63,7 @@ def rotary_tables(spec: ModelSpec, length: int) -> tuple[np.ndarray, np.ndarray]
 def build(graph: Graph, ops: Ops, layers: Iterable[Any | None], context: int) -> None:
     """Add the whole decoder, a layer as each of `layers` arrives (None: from the checkpoint)."""
     spec, names = ops.spec, ops.spec.names
-    add_inputs(graph, spec)
+    add_inputs(graph, ops)
     cos, sin = rotary_tables(spec, context)
     tables = graph.array("cos_cache", cos), graph.array("sin_cache", sin)
     step = Step("input_ids", "attention_mask", "position_ids", *tables)
@@ -78,7 +87,7 @@ def build(graph: Graph, ops: Ops, layers: Iterable[Any | None], context: int) ->
         head = names.embedding if spec.tie_word_embeddings else HEAD
         logits = ops.head(kept, f"{head}.weight")
     graph.add("Identity", logits, outputs=["logits"])
-    add_outputs(graph, spec)
+    add_outputs(graph, ops)
 
 
 def last_tokens(graph: Graph, hidden: str) -> str:
@@ -115,17 +124,21 @@ def add_attention(graph: Graph, ops: Ops, step: Step, layer: int, x: str) -> str
 def project(graph: Graph, ops: Ops, layer: int, x: str) -> list[str]:
     """Queries, keys and values, each [batch, seq, heads * head_dim], or all three side by side.
 
-    One product for all three saves two passes over the activations; per-head norms would have to cut it again.
+    One product for all three reads, and at accuracy_level 4 rounds, the activations once; per-head norms have it cut.
     """
     spec, names = ops.spec, ops.spec.names
     modules = [f"{names.layer(layer)}{name}" for name in names.qkv]
     weights = [f"{module}.weight" for module in modules]
-    if not spec.qk_norm and ops.packs_qkv and ops.weights.can_stack(weights):
-        return [ops.linear(x, weights, bias_of(ops, modules) if spec.qkv_bias else None)]
-    found = []
-    for module in modules:
-        found.append(ops.linear(x, [f"{module}.weight"], bias_of(ops, [module]) if spec.qkv_bias else None))
-    if len(found) == 1:  # Qwen (1) has one projection
+    if ops.packs_qkv and ops.weights.can_stack(weights):
+        found = [ops.linear(x, weights, bias_of(ops, modules) if spec.qkv_bias else None)]
+        if not spec.qk_norm:
+            return found
+    else:
+        found = [
+            ops.linear(x, [f"{module}.weight"], bias_of(ops, [module]) if spec.qkv_bias else None)
+            for module in modules
+        ]
+    if len(found) == 1:
         found = ops.split(found[0], [spec.q_size, spec.kv_size, spec.kv_size])
     if spec.qk_norm:
         for index, name in enumerate(("q_norm", "k_norm")):

@@ -16,6 +16,7 @@ from onnx import TensorProto
 from qwen_quant.exporters.onnx_blocks import Blocks
 from qwen_quant.exporters.onnx_graph import Graph
 from qwen_quant.exporters.onnx_weights import Weights
+from qwen_quant.quantize.kv_ranges import ChannelScales
 from qwen_quant.spec import ModelSpec
 
 
@@ -38,8 +39,10 @@ class Ops(ABC):
     packs_experts: bool  # whether there are operators for all experts of a layer
     shares_buffer: bool  # whether past and present keys and values can be the same memory
 
-    def __init__(self, graph: Graph, weights: Weights, spec: ModelSpec) -> None:
-        self.graph, self.weights, self.spec = graph, weights, spec
+    def __init__(
+        self, graph: Graph, weights: Weights, spec: ModelSpec, cache: ChannelScales | None = None
+    ) -> None:
+        self.graph, self.weights, self.spec, self.cache = graph, weights, spec, cache
         self._orders: dict[tuple[str, bytes], str] = {}
 
     @abstractmethod

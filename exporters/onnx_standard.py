@@ -17,6 +17,7 @@ from qwen_quant.exporters.onnx_graph import Graph
 from qwen_quant.exporters.onnx_ops import Ops, Step
 from qwen_quant.exporters.onnx_weights import Weights
 from qwen_quant.grids.blocks import pack_planes
+from qwen_quant.quantize.kv_ranges import ChannelScales
 from qwen_quant.spec import ModelSpec
 
 
@@ -26,8 +27,14 @@ class StandardOps(Ops):
     opset = 23
     packs_qkv = packs_experts = shares_buffer = False
 
-    def __init__(self, graph: Graph, weights: Weights, spec: ModelSpec) -> None:
+    def __init__(
+        self, graph: Graph, weights: Weights, spec: ModelSpec, cache: ChannelScales | None = None
+    ) -> None:
         super().__init__(graph, weights, spec)
+        if cache is not None:
+            raise UsageError(
+                f"--kv-cache: the standard Attention of --opset {self.opset} has FP32 caches only; drop one of both"
+            )
         self._masks: dict[int | None, str] = {}
         for choice in weights.choices.values():
             if (

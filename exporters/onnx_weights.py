@@ -12,7 +12,7 @@ from qwen_quant.errors import FormatError
 from qwen_quant.exporters.onnx_blocks import Blocks, stack_rows, to_blocks
 from qwen_quant.exporters.onnx_choices import Choice
 from qwen_quant.grids.base import QuantizedTensor
-from qwen_quant.safetensors import f32_to_bf16
+from qwen_quant.safetensors import encode_floats
 
 
 class Layer(Protocol):
@@ -82,20 +82,7 @@ class Weights:
             else:
                 parts = self.checkpoint.source.chunks(name)
             for part in parts:
-                yield self._encoded(name, part, kind)
-
-    def _encoded(self, name: str, values: np.ndarray, kind: str) -> np.ndarray:
-        if kind == "BF16":
-            return f32_to_bf16(values)
-        if kind == "F16":
-            with np.errstate(over="ignore"):
-                half = values.astype("<f2")
-            if not np.isfinite(half).all():
-                raise FormatError(
-                    f"{self.where(name)}: holds values beyond FP16's 65504; export with --type BF16"
-                )
-            return half
-        return values.astype("<f4", copy=False)
+                yield encode_floats(self.where(name), part, kind)
 
     def rounded(self, name: str, scales: list[np.ndarray]) -> Iterator[Blocks]:
         """An embedding or head rounded to nearest on its grid, in pieces of rows, whose scales are collected."""

@@ -14,6 +14,7 @@ from qwen_quant.errors import CheckpointError, ConfigError, UsageError
 from qwen_quant.grids.base import QuantizedTensor
 from qwen_quant.grids.gptq import V1, V2, IntGrid, PackedLinear, unpack
 from qwen_quant.moe import fused_tensors
+from qwen_quant.names import HEAD
 from qwen_quant.safetensors import bf16_to_f32, storage_dtype
 from qwen_quant.spec import ModelSpec, TensorInfo
 from qwen_quant.tensor_source import INDEX, SINGLE, TensorSource
@@ -22,6 +23,7 @@ __all__ = ["INDEX", "REFERENCE", "SINGLE", "Checkpoint", "GPTQConfig", "TensorSo
 
 REFERENCE = "reference"  # the word that names the bundled checkpoint on the command line
 GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+UNKNOWN = "not part of the architecture"
 
 
 def resolve_model(model: str) -> Path:
@@ -91,6 +93,23 @@ class Checkpoint:
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
         return {info.name: info for info in self.spec.tensors()}
+
+    @cached_property
+    def left_out(self) -> dict[str, str]:
+        """Why each stored tensor that the spec does not name is left out."""
+        known: set[str] = set()
+        for name in self.infos:
+            stem = name.removesuffix("weight")
+            known |= {stem + part for part in GPTQ_PARTS} if self.is_quantized(name) else {name}
+        return {name: self._reason(name) for name in self.source.names() if name not in known}
+
+    def _reason(self, name: str) -> str:
+        if name == f"{HEAD}.weight":
+            return "config.json ties the head to the embedding"
+        if name.endswith("rotary_emb.inv_freq"):
+            return "computed from config.json"
+        info = self.infos.get(f"{name.removesuffix('bias')}weight")
+        return "zeros" if info is not None and info.role == "linear" else UNKNOWN
 
     def _quantization(self) -> GPTQConfig | None:
         config = self.spec.config.get("quantization_config")

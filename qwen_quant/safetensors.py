@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_quant.errors import CheckpointError
+from qwen_quant.errors import CheckpointError, FormatError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 MAX_DIMS = 8  # far more than any tensor of a model has
@@ -48,6 +48,22 @@ def f32_to_bf16(values: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def encode_floats(where: str, values: np.ndarray, dtype: str) -> np.ndarray:
+    """float32 values as F32, F16 or BF16 stores them, the last as bit patterns.
+
+    Raises FormatError naming `where` for values that F16 cannot hold.
+    """
+    if dtype == "BF16":
+        return f32_to_bf16(values)
+    if dtype != "F16":
+        return values.astype("<f4", copy=False)
+    with np.errstate(over="ignore"):
+        half = values.astype("<f2")
+    if not np.isfinite(half).all():
+        raise FormatError(f"{where}: holds values beyond FP16's 65504; export with --type BF16")
+    return half
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <memory>
 #include <mutex>
+#include <vector>
 
 #include "bind.h"
 #include "engine.h"
@@ -25,25 +27,49 @@ std::unique_lock<std::mutex> begin_request(Engine& engine) {
     return std::unique_lock<std::mutex>(engine.request());
 }
 
-// Between chunks Python may run its signal handlers, so that Ctrl-C ends a long prompt.
-FloatArray forward(Engine& engine, const Tokens& tokens, int64_t n_past, bool all_logits) {
-    const int64_t n = static_cast<int64_t>(tokens.shape(0));
-    const size_t n_vocab = static_cast<size_t>(engine.config().n_vocab);
-    const auto request = begin_request(engine);
-    engine.begin(tokens.data(), n, n_past);
-    FloatArray logits = all_logits ? new_floats({static_cast<size_t>(n), n_vocab}) : new_floats({n_vocab});
-    for (int64_t done = 0; done < n;) {
-        const int64_t take = std::min(Engine::kChunk, n - done);
-        const bool last = done + take == n;
-        const Logits which = all_logits ? Logits::kAll : last ? Logits::kLast : Logits::kNone;
-        float* out = logits.data() + (all_logits ? static_cast<size_t>(done) * n_vocab : 0);
+// The segments' logits, one row after the other. Between chunks Python may run its signal handlers, so that Ctrl-C ends a
+// long prompt.
+void run_segments(Engine& engine, std::vector<Segment> left, float* logits) {
+    while (!left.empty()) {
+        const std::vector<Segment> chunk = Engine::next_chunk(left);
         {
             nb::gil_scoped_release release;
-            engine.step(tokens.data() + done, take, which, out);
+            engine.step(chunk, logits);
         }
-        done += take;
+        for (const Segment& s : chunk) logits += s.n_logits * engine.config().n_vocab;
         if (PyErr_CheckSignals() != 0) nb::raise_python_error();
     }
+}
+
+FloatArray forward(Engine& engine, const Tokens& tokens, int64_t n_past, int64_t n_logits) {
+    const auto request = begin_request(engine);
+    if (n_past < 0 || n_past > engine.n_past()) {
+        throw RunError("n_past is " + std::to_string(n_past) + ", the context holds " + std::to_string(engine.n_past()) +
+                       " tokens; pass 0 to start again");
+    }
+    engine.truncate(n_past);
+    const std::vector<Segment> segments{{0, tokens.data(), static_cast<int64_t>(tokens.shape(0)), n_logits}};
+    engine.begin(segments);
+    FloatArray logits = new_floats({static_cast<size_t>(n_logits), static_cast<size_t>(engine.config().n_vocab)});
+    run_segments(engine, segments, logits.data());
+    return logits;
+}
+
+FloatArray forward_sequences(Engine& engine, const std::vector<int64_t>& sequences, const std::vector<Tokens>& tokens,
+                             int64_t n_logits) {
+    const auto request = begin_request(engine);
+    if (sequences.empty() || sequences.size() != tokens.size()) {
+        throw RunError(std::to_string(sequences.size()) + " sequences were named for " + std::to_string(tokens.size()) +
+                       " lists of tokens");
+    }
+    std::vector<Segment> segments;
+    for (size_t i = 0; i < sequences.size(); ++i) {
+        segments.push_back({sequences[i], tokens[i].data(), static_cast<int64_t>(tokens[i].shape(0)), n_logits});
+    }
+    engine.begin(segments);
+    FloatArray logits = new_floats({sequences.size(), static_cast<size_t>(n_logits),
+                                    static_cast<size_t>(engine.config().n_vocab)});
+    run_segments(engine, segments, logits.data());
     return logits;
 }
 
@@ -82,6 +108,7 @@ void bind_engine(nb::module_& m) {
         .def("__init__",
              [](Engine* self, std::shared_ptr<GgufFile> file, int n_threads, const std::string& isa, int64_t n_ctx,
                 const std::string& cache_type_k, const std::string& cache_type_v) {
+                 const nb::gil_scoped_release release;  // weights take their time to pack
                  new (self) Engine(std::move(file), n_threads, isa, n_ctx, cache_type_k, cache_type_v);
              },
              nb::arg("file"), nb::arg("n_threads") = 0, nb::arg("isa") = "auto", nb::arg("n_ctx") = 0,
@@ -89,16 +116,28 @@ void bind_engine(nb::module_& m) {
         .def("__init__",
              [](Engine* self, nb::handle path, int n_threads, const std::string& isa, int64_t n_ctx,
                 const std::string& cache_type_k, const std::string& cache_type_v) {
-                 new (self) Engine(std::make_shared<GgufFile>(file_path(path)), n_threads, isa, n_ctx, cache_type_k, cache_type_v);
+                 auto file = std::make_shared<GgufFile>(file_path(path));
+                 const nb::gil_scoped_release release;
+                 new (self) Engine(std::move(file), n_threads, isa, n_ctx, cache_type_k, cache_type_v);
              },
              nb::arg("path"), nb::arg("n_threads") = 0, nb::arg("isa") = "auto", nb::arg("n_ctx") = 0,
              nb::arg("cache_type_k") = "f16", nb::arg("cache_type_v") = "f16")
-        .def("forward", &forward, nb::arg("tokens"), nb::arg("n_past"), nb::arg("all_logits") = false,
-             "Appends tokens after the first n_past of the context; logits [V] of the last, or [T, V] of all.")
+        .def("forward", &forward, nb::arg("tokens"), nb::arg("n_past"), nb::arg("n_logits") = 1,
+             "Appends tokens after the first n_past of the context; logits [n_logits, V] of the last ones.")
+        .def("fork", [](Engine& e, int64_t n_sequences) {
+            const auto request = begin_request(e);
+            e.fork(n_sequences);
+        }, nb::arg("n_sequences"),
+             "Sets how many sequences there are; all hold what the first one, the context, holds. 1 forgets the others.")
+        .def("forward_sequences", &forward_sequences, nb::arg("sequences"), nb::arg("tokens"), nb::arg("n_logits") = 1,
+             "Appends a list of tokens to each of the sequences, in shared steps; logits [len(sequences), n_logits, V].")
         .def("truncate", [](Engine& e, int64_t n_tokens) {
             const auto request = begin_request(e);
             e.truncate(n_tokens);
         }, nb::arg("n_tokens"))
+        .def("exact_past", &Engine::exact_past, nb::arg("n_tokens"),
+             "The longest context of at most n_tokens that truncate goes back to exactly.")
+        .def_prop_ro("exact_rewind", &Engine::exact_rewind)
         .def("reset", [](Engine& e) {
             const auto request = begin_request(e);
             e.reset();
@@ -108,6 +147,7 @@ void bind_engine(nb::module_& m) {
         .def("restore_kv", &restore_kv, nb::arg("n_tokens"), nb::arg("layers"),
              "Makes n_tokens the context, from the bytes of each layer.")
         .def_prop_ro("n_past", &Engine::n_past)
+        .def_prop_ro("n_sequences", &Engine::n_sequences)
         .def_prop_ro("n_layers", [](const Engine& e) { return e.config().n_layers; })
         .def_prop_ro("kv_type", &Engine::kv_type)
         .def_prop_ro("n_vocab", [](const Engine& e) { return e.config().n_vocab; })
@@ -119,6 +159,7 @@ void bind_engine(nb::module_& m) {
         .def_prop_ro("weight_bytes", &Engine::weight_bytes)
         .def_prop_ro("kv_bytes", &Engine::kv_bytes)
         .def_prop_ro("kv_bytes_per_token", &Engine::kv_bytes_per_token)
+        .def_prop_ro("kv_recent_bytes", &Engine::kv_recent_bytes)
         .def_prop_ro("scratch_bytes", &Engine::scratch_bytes);
 }
 

@@ -165,11 +165,12 @@ FloatArray attention(const Matrix2& q, const Matrix2& keys, const Matrix2& value
     std::memset(out.data(), 0, static_cast<size_t>(n_q * dim) * sizeof(float));
     for (int64_t begin = 0; begin < n; begin += kStep) {
         const int64_t m = n - begin < kStep ? n - begin : kStep;
-        k.attend_scores(q.data(), n_q, k16.data() + begin * dim, m, dim, scores.data(), kStep);
+        k.attend_scores(q.data(), n_q, k16.data() + begin * dim, m, dim, scores.data(), kStep, nullptr);
         for (int64_t i = 0; i < n_q; ++i) {
             rescale[i] = k.softmax_block(scores.data() + i * kStep, m, m, &top[i], &sum[i]);
         }
-        k.attend_values(scores.data(), kStep, rescale.data(), n_q, v16.data() + begin * dim, m, dim, out.data());
+        k.attend_values(scores.data(), kStep, rescale.data(), n_q, v16.data() + begin * dim, m, dim, out.data(),
+                        nullptr);
     }
     for (int64_t i = 0; i < n_q * dim; ++i) out.data()[i] /= sum[i / dim];
     return out;

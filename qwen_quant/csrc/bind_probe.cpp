@@ -42,11 +42,12 @@ void bind_probe(nb::module_& m) {
           nb::arg("n_threads"), "Multiplications and additions of int8 numbers per second, at most.");
     m.def("fastest_thread_count",
           [](int most) {
-              const int checked = checked_threads(most);
+              const int checked = most == 0 ? usable_cpus() : checked_threads(most);
               const nb::gil_scoped_release release;
               return fastest_thread_count(checked);
           },
-          nb::arg("most"), "The number of threads, of up to `most`, that an engine takes by default.");
+          nb::arg("most") = 0,
+          "The number of threads, of up to `most` (0: the CPUs that may be used), that an engine takes by default.");
     m.def("int8_instructions", &int8_instructions, "The instructions that int8_rate uses.");
 }
 

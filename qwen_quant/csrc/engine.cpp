@@ -51,12 +51,14 @@ Engine::Engine(std::shared_ptr<GgufFile> file, int n_threads, const std::string&
       kernels_(&kernels_or_fail(isa)),
       model_(load_model(*file_, *kernels_)),
       team_(thread_count(n_threads)),
+      ranges_(team_.size()),
       kv_type_(cache_type_k == cache_type_v ? cache_type_k : cache_type_k + "/" + cache_type_v),
-      kv_(choose_kv_layout(*file_, model_, cache_type_k, cache_type_v), model_.config.n_kv_heads,
+      kv_(choose_kv_layout(*file_, model_, *kernels_, team_, cache_type_k, cache_type_v), model_.config.n_kv_heads,
           model_.config.head_dim),
       n_ctx_(context_or_fail(*file_, model_.config, n_ctx)),
       scratch_(static_cast<size_t>(team_.size())),
       rope_frequencies_(inverse_frequencies(model_.config.rope, model_.config.head_dim)) {
+    kv_.resize(1);
     packed_ = pack_weights(model_, *file_, *kernels_, team_);
     make_block_turns();
 }
@@ -68,7 +70,7 @@ size_t Engine::weight_bytes() const {
 }
 
 size_t Engine::scratch_bytes() const {
-    size_t total = (rope_cos_.size() + rope_sin_.size()) * sizeof(float);
+    size_t total = (rope_cos_.size() + rope_sin_.size()) * sizeof(float) + kv_.scratch_bytes();
     for (const Buffer* b : {&hidden_, &qkv_, &attended_, &gate_, &up_, &residual_, &shared_floats_, &shared_int8_,
                             &router_logits_, &choices_, &gathered_floats_, &gathered_int8_, &gated_int8_}) {
         total += b->bytes();
@@ -80,16 +82,25 @@ size_t Engine::scratch_bytes() const {
 }
 
 void Engine::reset() {
-    n_past_ = 0;
+    std::fill(n_past_.begin(), n_past_.end(), 0);
     kv_.clear();
 }
 
 void Engine::truncate(int64_t n_tokens) {
-    if (n_tokens < 0 || n_tokens > n_past_) {
+    if (n_tokens < 0 || n_tokens > n_past()) {
         throw RunError("cannot keep " + std::to_string(n_tokens) + " tokens, the context holds " +
-                       std::to_string(n_past_));
+                       std::to_string(n_past()));
     }
-    n_past_ = n_tokens;
+    n_past_[0] = n_tokens;
+}
+
+void Engine::fork(int64_t n_sequences) {
+    if (n_sequences < 1 || n_sequences > kChunk) {
+        throw RunError(std::to_string(n_sequences) + " sequences are out of range; use 1 to " + std::to_string(kChunk));
+    }
+    kv_.resize(n_sequences);
+    for (int64_t sequence = 1; sequence < n_sequences; ++sequence) kv_.share(sequence);
+    n_past_.assign(static_cast<size_t>(n_sequences), n_past());
 }
 
 void Engine::begin_restore(int64_t n_tokens) {
@@ -97,49 +108,85 @@ void Engine::begin_restore(int64_t n_tokens) {
         throw RunError(std::to_string(n_tokens) + " tokens do not fit into the context of " + std::to_string(n_ctx_));
     }
     reset();
-    kv_.reserve(n_tokens);
+    kv_.reserve(0, 0, n_tokens);
 }
 
-void Engine::begin(const int32_t* tokens, int64_t n_tokens, int64_t n_past) {
-    if (n_tokens < 1) throw RunError("no tokens given; a prompt needs at least one");
-    if (n_past < 0 || n_past > n_past_) {
-        throw RunError("n_past is " + std::to_string(n_past) + ", the context holds " + std::to_string(n_past_) +
-                       " tokens; pass 0 to start again");
+void Engine::begin(const std::vector<Segment>& segments) const {
+    std::vector<bool> seen(n_past_.size());
+    for (const Segment& s : segments) {
+        if (s.sequence < 0 || s.sequence >= n_sequences() || seen[static_cast<size_t>(s.sequence)]) {
+            throw RunError("sequence " + std::to_string(s.sequence) + " does not exist or is named twice; there are " +
+                           std::to_string(n_sequences()));
+        }
+        seen[static_cast<size_t>(s.sequence)] = true;
+        if (s.n_tokens < 1) throw RunError("no tokens given; a prompt needs at least one");
+        if (s.n_logits < 0 || s.n_logits > s.n_tokens) {
+            throw RunError("logits of " + std::to_string(s.n_logits) + " of " + std::to_string(s.n_tokens) +
+                           " tokens were asked for");
+        }
+        check_tokens(s);
     }
-    for (int64_t i = 0; i < n_tokens; ++i) {
-        if (tokens[i] < 0 || tokens[i] >= model_.config.n_vocab) {
-            throw RunError("token id " + std::to_string(tokens[i]) + " at position " + std::to_string(i) +
-                           " is outside the vocabulary of " + std::to_string(model_.config.n_vocab) +
+}
+
+void Engine::check_tokens(const Segment& s) const {
+    const ModelConfig& c = model_.config;
+    for (int64_t i = 0; i < s.n_tokens; ++i) {
+        if (s.tokens[i] < 0 || s.tokens[i] >= c.n_vocab) {
+            throw RunError("token id " + std::to_string(s.tokens[i]) + " at position " + std::to_string(i) +
+                           " is outside the vocabulary of " + std::to_string(c.n_vocab) +
                            "; use the tokenizer stored in " + file_->path());
         }
     }
-    if (n_tokens > n_ctx_ - n_past) {
-        const ModelConfig& c = model_.config;
-        throw RunError(file_->path() + ": " + std::to_string(n_past + n_tokens) + " tokens exceed the context of " +
+    const int64_t total = n_past_[static_cast<size_t>(s.sequence)] + s.n_tokens;
+    if (total > n_ctx_) {
+        throw RunError(file_->path() + ": " + std::to_string(total) + " tokens exceed the context of " +
                        std::to_string(n_ctx_) + "; shorten the prompt" +
                        (c.context_is_limit && n_ctx_ == c.context ? " or generate less"
                                                                   : ", generate less, or raise n_ctx (-c)"));
     }
-    n_past_ = n_past;
 }
 
-void Engine::step(const int32_t* tokens, int64_t n_tokens, Logits which, float* logits) {
-    if (n_tokens > kChunk) throw RunError("more tokens in one step than Engine::kChunk");
-    reserve_scratch(n_tokens);
-    extend_rope_tables(n_past_ + n_tokens);
-    kv_.reserve(n_past_ + n_tokens);
+std::vector<Segment> Engine::next_chunk(std::vector<Segment>& left) {
+    std::vector<Segment> chunk;
+    int64_t room = kChunk;
+    while (room > 0 && !left.empty()) {
+        Segment& s = left.front();
+        const int64_t take = std::min(room, s.n_tokens), later = s.n_tokens - take;
+        chunk.push_back({s.sequence, s.tokens, take, std::max<int64_t>(s.n_logits - later, 0)});
+        s = {s.sequence, s.tokens + take, later, std::min(s.n_logits, later)};
+        room -= take;
+        if (later == 0) left.erase(left.begin());
+    }
+    return chunk;
+}
+
+void Engine::step(const std::vector<Segment>& chunk, float* logits) {
+    StepState state{{}, 0, {}, {}, logits};
+    int64_t longest = 0;
+    for (const Segment& s : chunk) {
+        const int64_t row = state.n_tokens, first = n_past_[static_cast<size_t>(s.sequence)];
+        state.tokens.insert(state.tokens.end(), s.tokens, s.tokens + s.n_tokens);
+        state.parts.push_back({s.sequence, row, s.n_tokens, first});
+        state.n_tokens += s.n_tokens;
+        for (int64_t i = s.n_tokens - s.n_logits; i < s.n_tokens; ++i) state.wanted.push_back(row + i);
+        kv_.reserve(s.sequence, first, first + s.n_tokens);
+        kv_.begin_step(s.sequence, first, s.n_tokens);
+        longest = std::max(longest, first + s.n_tokens);
+    }
+    if (state.n_tokens > kChunk) throw RunError("more tokens in one step than Engine::kChunk");
+    reserve_scratch(state.n_tokens);
+    extend_rope_tables(longest);
     not_finite_.store(-1);
-    const StepState state{tokens, n_tokens, n_past_, which, logits};
     team_.run([&](int id) { walk(id, state); });
     const int64_t bad = not_finite_.load();
     if (bad >= 0) {
-        const bool at_end = bad == model_.config.n_layers;
         throw RunError(file_->path() + ": " +
-                       (at_end ? "a logit that is not finite" :
-                                 "an activation that is not finite enters layer " + std::to_string(bad)) +
+                       (bad == kAtOutput ? "a logit that is not finite" :
+                                           "an activation that is not finite enters layer " +
+                                               std::to_string(bad % model_.config.n_layers)) +
                        "; the weights are damaged or overflow, export the file again");
     }
-    n_past_ += n_tokens;
+    for (const Segment& s : chunk) n_past_[static_cast<size_t>(s.sequence)] += s.n_tokens;
 }
 
 void Engine::reserve_scratch(int64_t n_tokens) {

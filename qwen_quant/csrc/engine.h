@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -17,7 +18,13 @@
 
 namespace qq {
 
-enum class Logits { kNone, kLast, kAll };
+// Tokens that follow what a sequence holds, and how many of the last of them want logits.
+struct Segment {
+    int64_t sequence;
+    const int32_t* tokens;
+    int64_t n_tokens;
+    int64_t n_logits;
+};
 
 class Engine {
 public:
@@ -31,28 +38,40 @@ public:
     // Held by the caller for a whole request: one call to begin and the steps that follow, or a reset or truncate.
     std::mutex& request() { return request_; }
 
-    // Checks tokens and context for a whole request, before its first chunk, and forgets what lies beyond n_past.
-    void begin(const int32_t* tokens, int64_t n_tokens, int64_t n_past);
-    // Appends up to kChunk tokens to the context. logits: [n_vocab] or [n_tokens, n_vocab] as asked.
-    void step(const int32_t* tokens, int64_t n_tokens, Logits which, float* logits);
+    // How many sequences there are: the first one, which is meant where none is named, and others, which now hold what
+    // the first one holds. That is not computed or stored again.
+    void fork(int64_t n_sequences);
+    int64_t n_sequences() const { return static_cast<int64_t>(n_past_.size()); }
+
+    // Checks a whole request, before its first chunk: each segment stands for a sequence of its own.
+    void begin(const std::vector<Segment>& segments) const;
+    // Takes the tokens of the next step off the front of `left`.
+    static std::vector<Segment> next_chunk(std::vector<Segment>& left);
+    // Appends them to their sequences. logits: [rows wanted, n_vocab], in the order of the segments.
+    void step(const std::vector<Segment>& chunk, float* logits);
     void truncate(int64_t n_tokens);  // forgets what lies beyond the first n_tokens of the context
-    void reset();
+    // The longest context of at most n_tokens that truncate goes back to with the same logits as if nothing had followed.
+    int64_t exact_past(int64_t n_tokens) const { return kv_.exact_past(n_tokens); }
+    // Tokens at the end of a step that can always be taken back so.
+    int64_t exact_rewind() const { return kv_.recent_bytes() ? kKvRecent : n_ctx_; }
+    void reset();                     // forgets all sequences
     // The keys and values of the first n_tokens in one layer, as KvCache::layer_bytes describes them.
     size_t kv_layer_bytes(int64_t layer, int64_t n_tokens) const { return kv_.layer_bytes(layer, n_tokens); }
     void read_kv(int64_t layer, int64_t n_tokens, uint8_t* out) const { kv_.copy_out(layer, n_tokens, out); }
     // A context of n_tokens that comes from elsewhere, layer by layer; it is empty until the end.
     void begin_restore(int64_t n_tokens);
     void restore_layer(int64_t layer, int64_t n_tokens, const uint8_t* in) { kv_.copy_in(layer, n_tokens, in); }
-    void end_restore(int64_t n_tokens) { n_past_ = n_tokens; }
+    void end_restore(int64_t n_tokens) { n_past_[0] = n_tokens; }
 
     const ModelConfig& config() const { return model_.config; }
     const GgufFile& file() const { return *file_; }
     const Kernels& kernels() const { return *kernels_; }
-    int64_t n_past() const { return n_past_; }
+    int64_t n_past() const { return n_past_[0]; }
     int64_t n_ctx() const { return n_ctx_; }
     int n_threads() const { return team_.size(); }
     size_t weight_bytes() const;
     size_t kv_bytes() const { return kv_.bytes(); }
+    size_t kv_recent_bytes() const { return kv_.recent_bytes(); }
     const std::string& kv_type() const { return kv_type_; }
     double kv_bytes_per_token() const { return kv_.bytes_per_token(); }
     size_t scratch_bytes() const;
@@ -92,15 +111,25 @@ private:
         Buffer choices, gated_int8;  // of a single token
         ExpertOrder order;
         std::vector<ExpertBatch> batches;
+        uint32_t stage = 0;  // stages of shared ranges so far
+    };
+    // Consecutive rows of a step that belong to one sequence.
+    struct Part {
+        int64_t sequence;
+        int64_t row;  // of the first token among all of the step
+        int64_t n_tokens;
+        int64_t first;  // position of the first token
     };
     struct StepState {
-        const int32_t* tokens;
+        std::vector<int32_t> tokens;
         int64_t n_tokens;
-        int64_t first;  // position of tokens[0]
-        Logits which;
+        std::vector<Part> parts;
+        std::vector<int64_t> wanted;  // rows whose logits are asked for, ascending
         float* logits;
     };
+    static constexpr int64_t kAtOutput = std::numeric_limits<int64_t>::max();  // in place of a layer
 
+    void check_tokens(const Segment& segment) const;
     void reserve_scratch(int64_t n_tokens);
     void reserve_expert_scratch(int64_t n_tokens);
     void extend_rope_tables(int64_t n_tokens);
@@ -111,15 +140,17 @@ private:
     void walk(int id, const StepState& s);
     void embed(int id, const StepState& s);
     void project_qkv(int id, const StepState& s, int64_t layer);
-    void finish_head(const StepState& s, int64_t layer, int64_t unit);
+    void finish_head(const Part& part, int64_t layer, int64_t unit);
+    // From here to finish_row `layer` is a sequence's, as KvCache::place numbers them.
     void store_key(int64_t layer, int64_t head, int64_t position, float* x);    // both leave x changed
     void store_value(int64_t layer, int64_t head, int64_t position, float* x);
-    void attend(int id, const StepState& s, int64_t layer);
-    void attend_group(int id, const StepState& s, int64_t layer, int64_t kv_head, int64_t t0, int64_t t1);
+    void attend(int id, const Part& s, int64_t layer);
+    void attend_group(int id, const Part& s, int64_t layer, int64_t kv_head, int64_t t0, int64_t t1);
     void prepare_queries(int64_t layer, int64_t kv_head, int64_t n_rows, const AttentionRows& rows);
-    void score_block(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, int64_t n_rows,
+    // Both take n tokens from `begin` on, quantized unless `half_floats`.
+    void score_block(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, bool half_floats, int64_t n_rows,
                      const AttentionRows& rows);
-    void add_values(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, int64_t n_rows,
+    void add_values(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, bool half_floats, int64_t n_rows,
                     const AttentionRows& rows);
     void finish_row(int64_t layer, int64_t kv_head, float* out);
     void turn_centre(const KvHalf& keys, int64_t head, int64_t block, float* out) const;
@@ -134,6 +165,12 @@ private:
     void quantize_gated(int id, const StepState& s);
     void project_experts(int id);
     void output(int id, const StepState& s);
+    // Calls work(range) for pieces of n items, cut at multiples of `step`, until all threads together have done them.
+    template <class Work>
+    void in_pieces(int id, int64_t n, int64_t step, Work work) {
+        const uint32_t stage = ++scratch_[id].stage;
+        for (Range piece; ranges_.take(id, stage, n, step, piece);) work(piece);
+    }
 
     Activations normalized(int id, const float* x, int64_t n_tokens, const std::vector<float>& weight, int64_t layer,
                            bool int8);
@@ -146,11 +183,12 @@ private:
     const Kernels* kernels_;
     Model model_;
     ThreadTeam team_;
+    SharedRanges ranges_;
     Buffer packed_;  // the weights that are not read from the mapping
     std::string kv_type_;
     KvCache kv_;
     int64_t n_ctx_;
-    int64_t n_past_ = 0;
+    std::vector<int64_t> n_past_ = {0};  // of each sequence
 
     int64_t capacity_ = 0;              // tokens that the buffers below are made for
     Buffer hidden_, qkv_, attended_, gate_, up_, residual_;
@@ -160,7 +198,7 @@ private:
     std::vector<float> rope_frequencies_;     // radians per position [head_dim / 2]
     std::vector<float> rope_cos_, rope_sin_;  // [positions, head_dim / 2]
     std::vector<float> block_cos_, block_sin_;  // [head_dim / 2, kKvBlock]
-    std::atomic<int64_t> not_finite_{-1};     // first layer that saw something not finite, n_layers for the output
+    std::atomic<int64_t> not_finite_{-1};     // first place that saw something not finite: as KvCache::place, or kAtOutput
     std::mutex request_;
 };
 

@@ -73,10 +73,6 @@ void Engine::turn_centre(const KvHalf& keys, int64_t head, int64_t block, float*
 void Engine::store_key(int64_t layer, int64_t head, int64_t position, float* x) {
     const int64_t dim = model_.config.head_dim, half = dim / 2;
     const KvHalf& keys = kv_.layout(layer).key;
-    if (!keys.quantized()) {
-        kernels_->to_half(x, dim, kv_.key(layer, head, position));
-        return;
-    }
     if (!keys.centre.empty()) {
         // Turned in the two steps in which scores get it back, so that what is taken out is exactly that.
         float centre[kLargestHead];
@@ -90,6 +86,8 @@ void Engine::store_key(int64_t layer, int64_t head, int64_t position, float* x) 
     }
     if (!keys.balance.empty()) multiply_by(x, keys.balance.data() + head * dim, dim);
     if (keys.hadamard) kernels_->hadamard(x, dim);
+    kernels_->to_half(x, dim, kv_.key(layer, head, position));
+    if (!keys.quantized()) return;
     uint8_t* page = kv_.key_page(layer, head, position);
     if (!kernels_->kv[static_cast<int>(keys.type)].store_key(x, dim, page, position % KvCache::kPage)) {
         report_not_finite(layer);
@@ -99,16 +97,14 @@ void Engine::store_key(int64_t layer, int64_t head, int64_t position, float* x) 
 void Engine::store_value(int64_t layer, int64_t head, int64_t position, float* x) {
     const int64_t dim = model_.config.head_dim;
     const KvHalf& values = kv_.layout(layer).value;
-    if (!values.quantized()) {
-        kernels_->to_half(x, dim, kv_.value(layer, head, position));
-        return;
-    }
     if (!values.centre.empty()) {
         const float* centre = values.centre.data() + head * dim;
         for (int64_t i = 0; i < dim; ++i) x[i] -= centre[i];
     }
     if (!values.balance.empty()) multiply_by(x, values.balance.data() + head * dim, dim);
     if (values.hadamard) kernels_->hadamard(x, dim);
+    kernels_->to_half(x, dim, kv_.value(layer, head, position));
+    if (!values.quantized()) return;
     uint8_t* page = kv_.value_page(layer, head, position);
     if (!kernels_->kv[static_cast<int>(values.type)].store_value(x, dim, page, position % KvCache::kPage)) {
         report_not_finite(layer);
@@ -119,24 +115,26 @@ void Engine::multiply_by(float* x, const float* factors, int64_t n) {
     for (int64_t i = 0; i < n; ++i) x[i] *= factors[i];
 }
 
-void Engine::attend(int id, const StepState& s, int64_t layer) {
+void Engine::attend(int id, const Part& s, int64_t layer) {
     const ModelConfig& c = model_.config;
-    const int64_t groups = (s.n_tokens + kTokenGroup - 1) / kTokenGroup;
+    // Groups begin at multiples in the context, so that all of a group read the same tokens in FP16.
+    const int64_t ahead = s.first % kTokenGroup;
+    const int64_t groups = (ahead + s.n_tokens + kTokenGroup - 1) / kTokenGroup;
     // Later tokens see more keys: taking every n-th group gives all threads the same mix.
     for (int64_t item = id; item < groups * c.n_kv_heads; item += team_.size()) {
-        const int64_t t0 = item / c.n_kv_heads * kTokenGroup;
-        attend_group(id, s, layer, item % c.n_kv_heads, t0, std::min(t0 + kTokenGroup, s.n_tokens));
+        const int64_t t0 = item / c.n_kv_heads * kTokenGroup - ahead;
+        attend_group(id, s, layer, item % c.n_kv_heads, std::max<int64_t>(t0, 0), std::min(t0 + kTokenGroup, s.n_tokens));
     }
 }
 
 // Tokens [t0, t1), and all query heads that share one key/value head: rows (token, head) of an online softmax.
-void Engine::attend_group(int id, const StepState& s, int64_t layer, int64_t kv_head, int64_t t0, int64_t t1) {
+void Engine::attend_group(int id, const Part& s, int64_t layer, int64_t kv_head, int64_t t0, int64_t t1) {
     const ModelConfig& c = model_.config;
     const int64_t dim = c.head_dim, per_kv = c.n_heads / c.n_kv_heads, n_rows = (t1 - t0) * per_kv;
     const int64_t width = (c.n_heads + 2 * c.n_kv_heads) * dim;
     const AttentionRows rows(scratch_[id].attention.as<float>(), n_rows, dim);
     for (int64_t t = t0; t < t1; ++t) {
-        std::memcpy(rows.q + (t - t0) * per_kv * dim, qkv_.as<float>() + t * width + kv_head * per_kv * dim,
+        std::memcpy(rows.q + (t - t0) * per_kv * dim, qkv_.as<float>() + (s.row + t) * width + kv_head * per_kv * dim,
                     static_cast<size_t>(per_kv * dim) * sizeof(float));
     }
     if (kv_.layout(layer).key.quantized()) prepare_queries(layer, kv_head, n_rows, rows);
@@ -144,21 +142,22 @@ void Engine::attend_group(int id, const StepState& s, int64_t layer, int64_t kv_
     std::fill(rows.top, rows.top + n_rows, -std::numeric_limits<float>::infinity());
     std::fill(rows.sum, rows.sum + n_rows, 0.0f);
 
-    const int64_t end = s.first + t1;
-    for (int64_t begin = 0; begin < end; begin += kKvBlock) {
-        const int64_t n = std::min(kKvBlock, end - begin);
-        score_block(layer, kv_head, begin, n, n_rows, rows);
+    const int64_t end = s.first + t1, half_from = kv_.half_from(layer, s.first + t0);
+    for (int64_t begin = 0, n; begin < end; begin += n) {
+        const bool half = begin >= half_from;
+        n = std::min(kKvBlock, (half ? end : half_from) - begin);
+        score_block(layer, kv_head, begin, n, half, n_rows, rows);
         for (int64_t row = 0; row < n_rows; ++row) {
             const int64_t visible = s.first + t0 + row / per_kv + 1;
             const int64_t valid = std::clamp<int64_t>(visible - begin, 0, n);
             rows.rescale[row] =
                 kernels_->softmax_block(rows.scores + row * kKvBlock, valid, n, rows.top + row, rows.sum + row);
         }
-        add_values(layer, kv_head, begin, n, n_rows, rows);
+        add_values(layer, kv_head, begin, n, half, n_rows, rows);
     }
     for (int64_t row = 0; row < n_rows; ++row) {
         const int64_t t = t0 + row / per_kv, head = kv_head * per_kv + row % per_kv;
-        float* out = attended_.as<float>() + (t * c.n_heads + head) * dim;
+        float* out = attended_.as<float>() + ((s.row + t) * c.n_heads + head) * dim;
         const float scale = 1.0f / rows.sum[row];
         for (int64_t i = 0; i < dim; ++i) out[i] = rows.acc[row * dim + i] * scale;
         finish_row(layer, kv_head, out);
@@ -179,16 +178,17 @@ void Engine::prepare_queries(int64_t layer, int64_t kv_head, int64_t n_rows, con
     kernels_->quantize_queries(rows.turned, n_rows, dim, middle, rows.codes);
 }
 
-void Engine::score_block(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, int64_t n_rows,
+void Engine::score_block(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, bool half_floats, int64_t n_rows,
                          const AttentionRows& rows) {
     const int64_t dim = model_.config.head_dim, half = dim / 2;
     const KvHalf& keys = kv_.layout(layer).key;
-    if (!keys.quantized()) {
-        kernels_->attend_scores(rows.q, n_rows, kv_.key(layer, kv_head, begin), n, dim, rows.scores, kKvBlock);
-        return;
+    if (keys.quantized() && !half_floats) {
+        kernels_->kv[static_cast<int>(keys.type)].scores(rows.codes, n_rows, kv_.keys(layer, kv_head, begin, n),
+                                                         rows.scores, kKvBlock);
+    } else {
+        kernels_->attend_scores(keys.quantized() ? rows.turned : rows.q, n_rows, kv_.key(layer, kv_head, begin), n, dim,
+                                rows.scores, kKvBlock, kv_.value_codes(layer, kv_head, begin));
     }
-    kernels_->kv[static_cast<int>(keys.type)].scores(rows.codes, n_rows, kv_.keys(layer, kv_head, begin, n),
-                                                     rows.scores, kKvBlock);
     if (keys.centre.empty() || keys.pairs[kv_head].empty()) return;
     // A query's product with the turned centre u, j positions on: of each pair (q1 u1 + q2 u2) cos + (q2 u1 - q1 u2) sin.
     const std::vector<int32_t>& pairs = keys.pairs[kv_head];
@@ -207,12 +207,13 @@ void Engine::score_block(int64_t layer, int64_t kv_head, int64_t begin, int64_t 
     kernels_->add_turned(turned, n_rows, rows.scores, kKvBlock);
 }
 
-void Engine::add_values(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, int64_t n_rows,
+void Engine::add_values(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, bool half_floats, int64_t n_rows,
                         const AttentionRows& rows) {
     const KvHalf& values = kv_.layout(layer).value;
-    if (!values.quantized()) {
+    if (half_floats || !values.quantized()) {
+        const uint8_t* ahead = kv_.key_codes(layer, kv_head, kv_.following(layer, begin, n));
         kernels_->attend_values(rows.scores, kKvBlock, rows.rescale, n_rows, kv_.value(layer, kv_head, begin), n,
-                                model_.config.head_dim, rows.acc);
+                                model_.config.head_dim, rows.acc, ahead);
         return;
     }
     kernels_->kv[static_cast<int>(values.type)].values(rows.scores, kKvBlock, rows.rescale, n_rows,

@@ -1,5 +1,6 @@
 // One step through the model. Every function here runs on all threads at once; rows of each weight matrix are divided
-// among them, and a barrier stands wherever a stage reads what other threads wrote.
+// among them, a thread that is done early takes from the others, and a barrier stands wherever a stage reads what other
+// threads wrote.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -15,7 +16,7 @@ void Engine::walk(int id, const StepState& s) {
     for (int64_t layer = 0; layer < model_.config.n_layers; ++layer) {
         project_qkv(id, s, layer);
         team_.barrier();
-        attend(id, s, layer);
+        for (const Part& part : s.parts) attend(id, part, kv_.place(part.sequence, layer));
         team_.barrier();
         project_residual(id, s, model_.layers[layer].o, attended_.as<float>());
         team_.barrier();
@@ -108,21 +109,23 @@ void Engine::project_qkv(int id, const StepState& s, int64_t index) {
     const Activations x = normalized(id, hidden_.as<float>(), s.n_tokens, layer.attn_norm, index, int8);
 
     const int64_t width = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim;
-    const Range heads = share(c.n_heads + 2 * c.n_kv_heads, id, team_.size());
-    const Matrix* weights[] = {&layer.q, &layer.k, &layer.v};
-    int64_t first = 0;  // head number at which this matrix begins
-    for (const Matrix* w : weights) {
-        const int64_t n = w->rows / c.head_dim;
-        const int64_t begin = std::clamp<int64_t>(heads.begin - first, 0, n);
-        const int64_t end = std::clamp<int64_t>(heads.end - first, 0, n);
-        multiply(*w, {begin * c.head_dim, end * c.head_dim}, x, s.n_tokens, qkv_.as<float>() + first * c.head_dim,
-                 width);
-        first += n;
-    }
-    for (int64_t unit = heads.begin; unit < heads.end; ++unit) finish_head(s, index, unit);
+    in_pieces(id, c.n_heads + 2 * c.n_kv_heads, 1, [&](Range heads) {
+        int64_t first = 0;  // head number at which this matrix begins
+        for (const Matrix* w : {&layer.q, &layer.k, &layer.v}) {
+            const int64_t n = w->rows / c.head_dim;
+            const int64_t begin = std::clamp<int64_t>(heads.begin - first, 0, n);
+            const int64_t end = std::clamp<int64_t>(heads.end - first, 0, n);
+            multiply(*w, {begin * c.head_dim, end * c.head_dim}, x, s.n_tokens,
+                     qkv_.as<float>() + first * c.head_dim, width);
+            first += n;
+        }
+        for (int64_t unit = heads.begin; unit < heads.end; ++unit) {
+            for (const Part& part : s.parts) finish_head(part, index, unit);
+        }
+    });
 }
 
-void Engine::finish_head(const StepState& s, int64_t index, int64_t unit) {
+void Engine::finish_head(const Part& part, int64_t index, int64_t unit) {
     const ModelConfig& c = model_.config;
     const Layer& layer = model_.layers[index];
     const int64_t dim = c.head_dim, width = (c.n_heads + 2 * c.n_kv_heads) * dim;
@@ -131,12 +134,14 @@ void Engine::finish_head(const StepState& s, int64_t index, int64_t unit) {
     const std::vector<float>& bias = is_q ? layer.q_bias : is_v ? layer.v_bias : layer.k_bias;
     const std::vector<float>& norm = is_q ? layer.q_norm : layer.k_norm;
     const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-    for (int64_t t = 0; t < s.n_tokens; ++t) {
-        const int64_t position = s.first + t;
-        float* x = qkv_.as<float>() + t * width + unit * dim;
+    const int64_t place = kv_.place(part.sequence, index);
+    if (!is_q) kv_.begin_head(place, is_v, head);
+    for (int64_t t = 0; t < part.n_tokens; ++t) {
+        const int64_t position = part.first + t;
+        float* x = qkv_.as<float>() + (part.row + t) * width + unit * dim;
         if (!bias.empty()) kernels_->add(x, bias.data() + head * dim, dim);
         if (is_v) {
-            store_value(index, head, position, x);
+            store_value(place, head, position, x);
             continue;
         }
         if (!norm.empty()) kernels_->rms_norm(x, norm.data(), dim, c.rms_eps, x);
@@ -144,20 +149,22 @@ void Engine::finish_head(const StepState& s, int64_t index, int64_t unit) {
         if (is_q) {
             for (int64_t i = 0; i < dim; ++i) x[i] *= scale;
         } else {
-            store_key(index, head, position, x);
+            store_key(place, head, position, x);
         }
     }
+    if (!is_q) kv_.end_head(place, is_v, head);
 }
 
 // hidden += weight @ source
 void Engine::project_residual(int id, const StepState& s, const Matrix& weight, float* source) {
     const Activations x = prepared(id, source, weight.cols, s.n_tokens, wants_int8(weight));
-    const Range rows = share(weight.rows, id, team_.size(), kRowUnit);
-    multiply(weight, rows, x, s.n_tokens, residual_.as<float>(), weight.rows);
-    for (int64_t t = 0; t < s.n_tokens; ++t) {
-        const int64_t at = t * weight.rows + rows.begin;
-        kernels_->add(hidden_.as<float>() + at, residual_.as<float>() + at, rows.end - rows.begin);
-    }
+    in_pieces(id, weight.rows, kRowUnit, [&](Range rows) {
+        multiply(weight, rows, x, s.n_tokens, residual_.as<float>(), weight.rows);
+        for (int64_t t = 0; t < s.n_tokens; ++t) {
+            const int64_t at = t * weight.rows + rows.begin;
+            kernels_->add(hidden_.as<float>() + at, residual_.as<float>() + at, rows.end - rows.begin);
+        }
+    });
 }
 
 void Engine::feed_forward(int id, const StepState& s, int64_t index) {
@@ -166,31 +173,44 @@ void Engine::feed_forward(int id, const StepState& s, int64_t index) {
     const int64_t n = model_.config.intermediate;
     const bool int8 = wants_int8(mlp.gate) || wants_int8(mlp.up);
     const Activations x = normalized(id, hidden_.as<float>(), s.n_tokens, layer.ffn_norm, index, int8);
-    const Range rows = share(n, id, team_.size(), kRowUnit);
-    multiply(mlp.gate, rows, x, s.n_tokens, gate_.as<float>(), n);
-    multiply(mlp.up, rows, x, s.n_tokens, up_.as<float>(), n);
-    for (int64_t t = 0; t < s.n_tokens; ++t) {
-        const int64_t at = t * n + rows.begin;
-        kernels_->swiglu(gate_.as<float>() + at, up_.as<float>() + at, rows.end - rows.begin);
-    }
+    in_pieces(id, n, kRowUnit, [&](Range rows) {
+        multiply(mlp.gate, rows, x, s.n_tokens, gate_.as<float>(), n);
+        multiply(mlp.up, rows, x, s.n_tokens, up_.as<float>(), n);
+        for (int64_t t = 0; t < s.n_tokens; ++t) {
+            const int64_t at = t * n + rows.begin;
+            kernels_->swiglu(gate_.as<float>() + at, up_.as<float>() + at, rows.end - rows.begin);
+        }
+    });
     team_.barrier();
     project_residual(id, s, mlp.down, gate_.as<float>());
 }
 
 void Engine::output(int id, const StepState& s) {
-    if (s.which == Logits::kNone) return;
+    const int64_t n = static_cast<int64_t>(s.wanted.size());
+    if (n == 0) return;
     const ModelConfig& c = model_.config;
-    const int64_t n_tokens = s.which == Logits::kAll ? s.n_tokens : 1;
-    const float* x = hidden_.as<float>() + (s.n_tokens - n_tokens) * c.hidden;
-    const Activations last = normalized(id, x, n_tokens, model_.output_norm, c.n_layers, wants_int8(model_.head));
-    const Range rows = share(c.n_vocab, id, team_.size(), kRowUnit);
-    multiply(model_.head, rows, last, n_tokens, s.logits, c.n_vocab);
-    for (int64_t t = 0; t < n_tokens; ++t) {
-        const float* logits = s.logits + t * c.n_vocab;
-        bool finite = true;
-        for (int64_t r = rows.begin; r < rows.end; ++r) finite &= std::isfinite(logits[r]);
-        if (!finite) report_not_finite(c.n_layers);
+    float* hidden = hidden_.as<float>();
+    const bool in_a_row = s.wanted.back() - s.wanted.front() == n - 1;
+    if (!in_a_row) {  // the others are not needed any more
+        if (id == 0) {
+            for (int64_t i = 0; i < n; ++i) {
+                std::memmove(hidden + i * c.hidden, hidden + s.wanted[i] * c.hidden,
+                             static_cast<size_t>(c.hidden) * sizeof(float));
+            }
+        }
+        team_.barrier();
     }
+    const float* x = hidden + (in_a_row ? s.wanted.front() * c.hidden : 0);
+    const Activations last = normalized(id, x, n, model_.output_norm, kAtOutput, wants_int8(model_.head));
+    in_pieces(id, c.n_vocab, kRowUnit, [&](Range rows) {
+        multiply(model_.head, rows, last, n, s.logits, c.n_vocab);
+        for (int64_t t = 0; t < n; ++t) {
+            const float* logits = s.logits + t * c.n_vocab;
+            bool finite = true;
+            for (int64_t r = rows.begin; r < rows.end; ++r) finite &= std::isfinite(logits[r]);
+            if (!finite) report_not_finite(kAtOutput);
+        }
+    });
 }
 
 }  // namespace qq

@@ -202,6 +202,12 @@ void GgufFile::release(const uint8_t* begin, size_t n) const {
     if (first < last) ::madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
 }
 
+void GgufFile::will_need(const uint8_t* begin, size_t n) const {
+    const uintptr_t page = static_cast<uintptr_t>(::sysconf(_SC_PAGESIZE));
+    const uintptr_t first = reinterpret_cast<uintptr_t>(begin) / page * page;
+    ::madvise(reinterpret_cast<void*>(first), reinterpret_cast<uintptr_t>(begin) + n - first, MADV_WILLNEED);
+}
+
 void GgufFile::parse() {
     Cursor in(*this, base_, size_);
     if (std::memcmp(in.take(4), "GGUF", 4) != 0) fail("header", "no GGUF magic", kDamagedRemedy);

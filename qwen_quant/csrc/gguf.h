@@ -67,6 +67,9 @@ public:
     // read, and are then loaded again.
     void release(const uint8_t* begin, size_t n) const;
 
+    // Has the system read these bytes before they are touched, in larger requests than page faults make.
+    void will_need(const uint8_t* begin, size_t n) const;
+
     // "<path>: <what>: <problem>; <remedy>"
     [[noreturn]] void fail(const std::string& what, const std::string& problem, const std::string& remedy) const;
 

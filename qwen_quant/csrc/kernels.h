@@ -21,14 +21,16 @@ struct Q8Row {
     int64_t half_sums;         // int32 [k / 16]: sums of 16 codes
     int64_t minus_8;           // int32 [k / 32]: -8 * the sum of 32 codes, which takes the offset off unsigned weights
     int64_t minus_128;         // int32 [k / 32]
+    int64_t minus_4_twice;     // int16 [k / 32, 2]: -4 * the sum of 32 codes, where sums of 16 bits take halves of it
     int64_t scaled_sums;       // float [k / 32]: scale * the sum of 32 codes, which a minimum is multiplied with
     int64_t scaled_half_sums;  // float [k / 16]
+    int64_t wide;              // int16 [k]: the codes again, only for AVX2, which has no products of signed bytes
     int64_t bytes;
 };
 
 static inline Q8Row q8_row(int64_t k) {
     const int64_t n = k / kBlock * 4;
-    return {k, k + n, k + 3 * n, k + 4 * n, k + 5 * n, k + 6 * n, k + 8 * n};
+    return {k, k + n, k + 3 * n, k + 4 * n, k + 5 * n, k + 6 * n, k + 7 * n, k + 9 * n, 3 * k + 9 * n};
 }
 
 static inline size_t q8_row_bytes(int64_t k) { return static_cast<size_t>(q8_row(k).bytes); }
@@ -43,12 +45,14 @@ static inline void complete_q8_row(int64_t k, uint8_t* row) {
     const int32_t* half_sums = reinterpret_cast<const int32_t*>(row + at.half_sums);
     int32_t* minus_8 = reinterpret_cast<int32_t*>(row + at.minus_8);
     int32_t* minus_128 = reinterpret_cast<int32_t*>(row + at.minus_128);
+    uint32_t* minus_4_twice = reinterpret_cast<uint32_t*>(row + at.minus_4_twice);
     float* scaled = reinterpret_cast<float*>(row + at.scaled_sums);
     float* scaled_halves = reinterpret_cast<float*>(row + at.scaled_half_sums);
     for (int64_t b = 0; b < k / kBlock; ++b) {
         const int32_t first = half_sums[2 * b], second = half_sums[2 * b + 1];
         minus_8[b] = -8 * (first + second);
         minus_128[b] = -128 * (first + second);
+        minus_4_twice[b] = (static_cast<uint32_t>(-4 * (first + second)) & 0xffffu) * 0x10001u;
         scaled[b] = scales[b] * static_cast<float>(first + second);
         scaled_halves[2 * b] = scales[b] * static_cast<float>(first);
         scaled_halves[2 * b + 1] = scales[b] * static_cast<float>(second);
@@ -94,15 +98,16 @@ struct Kernels {
     void (*add)(float* x, const float* y, int64_t n);
     void (*to_half)(const float* x, int64_t n, uint16_t* out);
 
-    // Attention over one block of the cache. q [n_q, dim] is scaled already; scores are [n_q, ld_scores].
+    // Attention over one block of the cache. q [n_q, dim] is scaled already; scores are [n_q, ld_scores]. `ahead` is
+    // what is wanted next: as many bytes are asked for early.
     void (*attend_scores)(const float* q, int64_t n_q, const uint16_t* keys, int64_t n_keys, int64_t dim,
-                          float* scores, int64_t ld_scores);
+                          float* scores, int64_t ld_scores, const uint8_t* ahead);
     // Online softmax: scores[0, valid) become exp(score - new max), scores[valid, n) zero; the running maximum and
     // sum are updated; returns what earlier sums have to be multiplied with.
     float (*softmax_block)(float* scores, int64_t valid, int64_t n, float* running_max, float* running_sum);
     // acc [n_q, dim] = acc * rescale[q] + probabilities [n_q, ld_p] @ values [n_keys, dim]
     void (*attend_values)(const float* probabilities, int64_t ld_p, const float* rescale, int64_t n_q,
-                          const uint16_t* values, int64_t n_keys, int64_t dim, float* acc);
+                          const uint16_t* values, int64_t n_keys, int64_t dim, float* acc, const uint8_t* ahead);
 
     // The same over a quantized cache; see kv_block.h.
     KvKernels kv[3];  // by KvType; none of kF16

@@ -33,8 +33,7 @@ void dequantize_blocks(const uint8_t* data, int64_t n, float* out) {
     uint8_t wide[kLargestWideBlock];
     DecodedBlock block;
     for (int64_t i = 0; i < n; i += format.weights, data += bytes) {
-        format.widen(data, wide);
-        format.decode(wide, block);
+        format.decode(format.widened(data, wide), block);
         write_weights(format, block, out + i);
     }
 }
@@ -80,8 +79,7 @@ void matmul_blocks(const MatmulArgs& a) {
         const uint8_t* w = a.weights + static_cast<size_t>(r) * a.row_bytes;
         for (int64_t t = 0; t < a.n_tokens; ++t) a.y[t * a.ldy + r] = 0;
         for (int64_t i = 0; i < a.k; i += format.weights, w += bytes) {
-            format.widen(w, wide);
-            format.decode(wide, block);
+            format.decode(format.widened(w, wide), block);
             for (int64_t t = 0; t < a.n_tokens; ++t) {
                 const uint8_t* x = a.x + static_cast<size_t>(t) * a.x_row_bytes;
                 a.y[t * a.ldy + r] += block_product(
@@ -161,7 +159,7 @@ void to_half(const float* x, int64_t n, uint16_t* out) {
 // ---- attention --------------------------------------------------------------------------------------------------
 
 void attend_scores(const float* q, int64_t n_q, const uint16_t* keys, int64_t n_keys, int64_t dim, float* scores,
-                   int64_t ld_scores) {
+                   int64_t ld_scores, const uint8_t*) {
     for (int64_t i = 0; i < n_q; ++i) {
         for (int64_t j = 0; j < n_keys; ++j) {
             float sum = 0;
@@ -184,7 +182,7 @@ float softmax_block(float* scores, int64_t valid, int64_t n, float* running_max,
 }
 
 void attend_values(const float* probabilities, int64_t ld_p, const float* rescale, int64_t n_q,
-                   const uint16_t* values, int64_t n_keys, int64_t dim, float* acc) {
+                   const uint16_t* values, int64_t n_keys, int64_t dim, float* acc, const uint8_t*) {
     for (int64_t i = 0; i < n_q; ++i) {
         float* out = acc + i * dim;
         for (int64_t d = 0; d < dim; ++d) out[d] *= rescale[i];

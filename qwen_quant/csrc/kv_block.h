@@ -22,6 +22,7 @@ constexpr int64_t kKvPage = 256;  // tokens
 constexpr int64_t kKvGroup = 32;  // channels of a token that share a scale
 constexpr int64_t kKvBlock = 64;  // tokens that attention takes at once; divides a page
 constexpr int64_t kKvUnit = 64;   // quantized heads are multiples of this
+constexpr int64_t kKvRecent = 32;  // positions in a stretch: a token reads its own stretch in FP16; divides a block
 constexpr int64_t kLargestHead = 1024;
 constexpr float kInt4Middle = 7.5f;
 
@@ -51,7 +52,7 @@ static inline size_t kv_head_bytes(KvType type, int64_t dim) {
 
 // Within a head's part of a page: the codes of the tokens from `slot` on (a multiple of kKvBlock).
 static inline size_t kv_codes_at(KvType type, int64_t dim, int64_t slot) {
-    return static_cast<size_t>(slot) * static_cast<size_t>(dim) / (type == KvType::kInt8 ? 1 : 2);
+    return kv_code_bytes(type, dim) / kKvPage * static_cast<size_t>(slot);
 }
 
 // Queries as quantized keys are multiplied with: int16 codes and a scale for each row.
@@ -66,6 +67,7 @@ struct KvTokens {
     const uint8_t* codes;
     const uint8_t* scales;  // of the first group; the next group's follow kKvPage bytes later
     int64_t n, dim;
+    const uint8_t* ahead;  // codes that are wanted next: as many are asked for early
 };
 
 // The part of scores that comes from the keys' centre, for the kKvBlock positions of a block: of each pair of channels that

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "error.h"
+#include "kv_weights.h"
 
 namespace qq {
 
@@ -98,8 +99,8 @@ KvHalf stored_half(const StoredHalf& s, int64_t layer, const ModelConfig& c, KvT
 
 }  // namespace
 
-std::vector<KvLayer> choose_kv_layout(const GgufFile& file, const Model& model, const std::string& key_type,
-                                      const std::string& value_type) {
+std::vector<KvLayer> choose_kv_layout(const GgufFile& file, const Model& model, const Kernels& kernels, ThreadTeam& team,
+                                      const std::string& key_type, const std::string& value_type) {
     const ModelConfig& c = model.config;
     const bool calibrated = file.has(kPrefix + "key_bits");
     if (!calibrated && (key_type == "auto" || value_type == "auto")) {
@@ -111,6 +112,14 @@ std::vector<KvLayer> choose_kv_layout(const GgufFile& file, const Model& model, 
         keys = read_half(file, c, "key");
         values = read_half(file, c, "value");
     }
+    std::vector<KvBasis> bases(model.layers.size());
+    if (!calibrated && (key_type != "f16" || value_type != "f16")) {
+        team.run([&](int id) {
+            for (size_t i = static_cast<size_t>(id); i < bases.size(); i += static_cast<size_t>(team.size())) {
+                bases[i] = basis_of_weights(model.layers[i], c, kernels);
+            }
+        });
+    }
     std::vector<KvLayer> layers;
     for (int64_t i = 0; i < c.n_layers; ++i) {
         const KvType k = type_named(key_type, "cache type of keys", calibrated ? keys.bits[i] : 16);
@@ -119,10 +128,11 @@ std::vector<KvLayer> choose_kv_layout(const GgufFile& file, const Model& model, 
         if (calibrated) {
             layer = {stored_half(keys, i, c, k), stored_half(values, i, c, v)};
         } else {
-            layer.key = make_half(k, k == KvType::kInt4, model.layers[i].k_bias, {});
-            layer.value = make_half(v, v == KvType::kInt4, {}, {});
+            KvBasis& basis = bases[i];
+            layer.key = make_half(k, k == KvType::kInt4, std::move(basis.key_centre), std::move(basis.key_balance));
+            layer.value = make_half(v, v == KvType::kInt4, std::move(basis.value_centre), std::move(basis.value_balance));
         }
-        if ((layer.key.quantized() || layer.value.quantized()) && (c.head_dim % kKvUnit != 0 || c.head_dim > kLargestHead)) {
+        if (layer.quantized() && (c.head_dim % kKvUnit != 0 || c.head_dim > kLargestHead)) {
             throw RunError(file.path() + ": a quantized KV cache needs heads of 64, 128, ... up to 1024 channels, not " +
                            std::to_string(c.head_dim) + "; use cache type f16");
         }

@@ -8,6 +8,7 @@
 #include "gguf.h"
 #include "kv_block.h"
 #include "model.h"
+#include "threads.h"
 
 namespace qq {
 
@@ -25,12 +26,14 @@ struct KvHalf {
 
 struct KvLayer {
     KvHalf key, value;
+
+    bool quantized() const { return key.quantized() || value.quantized(); }
 };
 
 // The layout for cache types f16, int8, int4 or auto of keys and of values. A file's calibrated layout is used wherever
-// it has one, and auto asks for its bits too; without it keys are stored without their bias, and int4 is rotated.
-// Throws RunError for types that are unknown or that the model's heads do not fit, FormatError for a broken layout.
-std::vector<KvLayer> choose_kv_layout(const GgufFile& file, const Model& model, const std::string& key_type,
-                                      const std::string& value_type);
+// it has one, and auto asks for its bits too; without it centres and balances come from the weights (`team` shares the
+// layers), and int4 is rotated. Throws RunError for types that are unknown or that the model's heads do not fit, FormatError for a broken layout.
+std::vector<KvLayer> choose_kv_layout(const GgufFile& file, const Model& model, const Kernels& kernels, ThreadTeam& team,
+                                      const std::string& key_type, const std::string& value_type);
 
 }  // namespace qq

@@ -2,8 +2,8 @@
 // this one, and is included before packed_types.h and packed_tiles.h. Everything is in an unnamed namespace, because
 // each file that includes it is compiled for another instruction set.
 //
-// A tile of a product has kPackedTokens tokens and kGroups groups of rows: kGroupsOfHalves where the type has scales
-// for 16 weights, kGroupsAlone with a single token.
+// A tile of a product has kGroups groups of rows and kPackedTokens tokens, or kTokensOfHalves where the type has scales
+// for 16 weights. A single token has kGroupsAlone groups.
 #pragma once
 
 #include <cstring>
@@ -13,6 +13,8 @@
 // For functions that must disappear into the loop over a tile, or its sums would be kept in memory.
 #define QQ_LAMBDA_INLINE __attribute__((always_inline))
 #define QQ_INLINE inline QQ_LAMBDA_INLINE
+// For functions that need the registers for themselves.
+#define QQ_ALONE __attribute__((noinline))
 
 namespace qq {
 

@@ -10,7 +10,7 @@ namespace qq {
 namespace {
 
 constexpr int64_t kLanes = 4;
-constexpr int kPackedTokens = 4, kGroups = 2, kGroupsOfHalves = 2, kGroupsAlone = 2;
+constexpr int kGroups = 2, kPackedTokens = 4, kTokensOfHalves = 4, kGroupsAlone = 2;
 using LaneFloats = float32x4_t;
 using LaneInts = int32x4_t;
 
@@ -19,6 +19,7 @@ inline LaneFloats load_lane_halves(const uint8_t* p) { return vcvt_f32_f16(vrein
 inline LaneFloats to_floats(LaneInts x) { return vcvtq_f32_s32(x); }
 inline LaneFloats multiply(LaneFloats a, LaneFloats b) { return vmulq_f32(a, b); }
 inline LaneFloats multiply_add(LaneFloats a, LaneFloats b, LaneFloats c) { return vfmaq_f32(c, a, b); }
+inline LaneFloats load_lanes(const float* p) { return vld1q_f32(p); }
 inline void store_lanes(float* p, LaneFloats x) { vst1q_f32(p, x); }
 inline LaneInts load_codes(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
 inline LaneInts four_of_x(const uint8_t* p) { return vdupq_n_s32(load_i32(p)); }
@@ -39,7 +40,7 @@ inline LaneInts mask_bytes(LaneInts x, int mask) {
 inline LaneInts either(LaneInts a, LaneInts b) { return vorrq_s32(a, b); }
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
-constexpr bool kSignedCodesFlipped = false;
+constexpr bool kSignedCodesFlipped = false, kStartsInPairs = false;
 inline LaneInts iq4_levels(LaneInts codes) {
     return vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(kIq4Levels), vreinterpretq_u8_s32(codes)));
 }
@@ -51,17 +52,25 @@ inline LaneScales lane_scales(LaneInts x) { return x; }
 // them as signed.
 struct SignedSum {
     static constexpr int kFit = kBlock / 4;  // additions between two folds
+    using InPanel = SignedSum;
+    static constexpr int kParts = 1;
+    static void split(LaneInts codes, LaneInts (&parts)[1]) { parts[0] = codes; }
+    static LaneInts load(const uint8_t* x, const Q8Row&, int64_t i) { return four_of_x(x + i); }
     LaneInts dot, sum;
-    QQ_INLINE void begin(int32_t) { dot = sum = vdupq_n_s32(0); }
+    QQ_INLINE void begin(int32_t start) {
+        dot = vdupq_n_s32(start);
+        sum = vdupq_n_s32(0);
+    }
     QQ_INLINE void add(LaneInts codes, LaneInts x) {
         dot = vdotq_s32(dot, vreinterpretq_s8_s32(codes), vreinterpretq_s8_s32(x));
     }
+    QQ_INLINE void add(const LaneInts (&parts)[1], LaneInts x) { add(parts[0], x); }
     QQ_INLINE void fold(NoScale) { sum = dot; }
     QQ_INLINE void fold(LaneScales scale) {
         sum = vmlaq_s32(sum, dot, scale);
         dot = vdupq_n_s32(0);
     }
-    QQ_INLINE LaneFloats total(int32_t start) const { return to_floats(vaddq_s32(sum, vdupq_n_s32(start))); }
+    QQ_INLINE LaneFloats total() const { return to_floats(sum); }
 };
 template <int Largest>
 using UnsignedSum = SignedSum;

@@ -24,6 +24,44 @@ void for_each_piece(const BlockFormat& format, int64_t lanes, int64_t lane, Visi
     pieces(format.words, std::integral_constant<int, 4>());
 }
 
+// One block of `Lanes` rows, piece by piece in the order in which a group holds them; the words xor-ed with `flip`.
+template <int Lanes>
+void interleave(const BlockFormat& format, const uint8_t* const (&wide)[Lanes], uint32_t flip, uint8_t* out) {
+    size_t at = 0;
+    for (int i = 0; i < format.halves; ++i, at += 2) {
+        for (int lane = 0; lane < Lanes; ++lane, out += 2) std::memcpy(out, wide[lane] + at, 2);
+    }
+    for (int i = 0; i < format.bytes; ++i, ++at) {
+        for (int lane = 0; lane < Lanes; ++lane) *out++ = wide[lane][at];
+    }
+    for (int i = 0; i < format.words; ++i, at += 4) {
+        for (int lane = 0; lane < Lanes; ++lane, out += 4) {
+            uint32_t word;
+            std::memcpy(&word, wide[lane] + at, 4);
+            word ^= flip;
+            std::memcpy(out, &word, 4);
+        }
+    }
+}
+
+// All blocks of the group. Rows beyond the last are taken as zeros.
+template <int Lanes>
+void pack_blocks(const BlockFormat& format, size_t stored_bytes, const PlainRows& rows, int64_t first, uint32_t flip,
+                 uint8_t* group) {
+    const size_t n_blocks = rows.row_bytes / stored_bytes, group_bytes = format.wide_bytes() * Lanes;
+    const int64_t filled = rows.n_rows - first;
+    uint8_t buffers[Lanes][kLargestWideBlock] = {};
+    const uint8_t* wide[Lanes];
+    for (int lane = 0; lane < Lanes; ++lane) wide[lane] = buffers[lane];
+    for (size_t b = 0; b < n_blocks; ++b, group += group_bytes) {
+        for (int lane = 0; lane < Lanes && lane < filled; ++lane) {
+            const uint8_t* stored = rows.data + static_cast<size_t>(first + lane) * rows.row_bytes + b * stored_bytes;
+            wide[lane] = format.widened(stored, buffers[lane]);
+        }
+        interleave<Lanes>(format, wide, flip, group);
+    }
+}
+
 // Turns over bits of the codes of a wide block.
 void flip_words(const BlockFormat& format, uint32_t flip, uint8_t* wide) {
     if (flip == 0) return;
@@ -47,21 +85,9 @@ size_t packed_row_bytes(uint32_t type, int64_t k) {
 
 void pack_group(uint32_t type, const PlainRows& rows, int64_t first, int64_t lanes, uint32_t flip, uint8_t* group) {
     const BlockFormat& format = *block_format(type);
-    const size_t stored_bytes = type_info(type)->bytes, n_blocks = rows.row_bytes / stored_bytes;
-    const size_t group_bytes = format.wide_bytes() * static_cast<size_t>(lanes);
-    const int64_t filled = rows.n_rows - first < lanes ? rows.n_rows - first : lanes;
-    if (filled < lanes) std::memset(group, 0, n_blocks * group_bytes);
-    uint8_t wide[kLargestWideBlock];
-    for (int64_t lane = 0; lane < filled; ++lane) {
-        const uint8_t* stored = rows.data + static_cast<size_t>(first + lane) * rows.row_bytes;
-        for (size_t b = 0; b < n_blocks; ++b) {
-            format.widen(stored + b * stored_bytes, wide);
-            flip_words(format, flip, wide);
-            for_each_piece(format, lanes, lane, [&](int64_t mine, int64_t shared, size_t bytes) {
-                std::memcpy(group + b * group_bytes + shared, wide + mine, bytes);
-            });
-        }
-    }
+    if (lanes == 4) return pack_blocks<4>(format, type_info(type)->bytes, rows, first, flip, group);
+    if (lanes == 8) return pack_blocks<8>(format, type_info(type)->bytes, rows, first, flip, group);
+    pack_blocks<16>(format, type_info(type)->bytes, rows, first, flip, group);
 }
 
 void decode_packed_row(uint32_t type, const uint8_t* packed, int64_t k, int64_t row, int64_t lanes, uint32_t flip,

@@ -1,53 +1,31 @@
 // Matrix products with packed weights (packed.h), whatever the instruction set (lanes.h). Each lane sums up one row, so
-// nothing is added across lanes, and a block of codes is unpacked once for several tokens.
+// nothing is added across lanes.
 #pragma once
 
-#include <type_traits>
-#include <utility>
-
-#include "packed_types.h"
+#include "packed_panels.h"
 
 namespace qq {
 
 namespace {
 
-template <class Visit, int... N>
-QQ_INLINE void for_each_of(Visit visit, std::integer_sequence<int, N...>) {
-    (visit(std::integral_constant<int, N>()), ...);
-}
-
-// visit(0), visit(1) ... visit(Count - 1), with numbers that are known when this is compiled
-template <int Count, class Visit>
-QQ_INLINE void unrolled(Visit visit) {
-    for_each_of(visit, std::make_integer_sequence<int, Count>());
-}
-
 // Adds up the products of group `N` of step J once its codes are in the sums.
-template <class W, int J, int N, int G, int T>
-QQ_INLINE void fold_group(const uint8_t* const (&w)[G], int c, typename W::Sum (&sums)[G][T]) {
+template <class W, int J, int N, int G>
+QQ_INLINE void fold_group(const uint8_t* const (&w)[G], int c, typename W::Sum (&sums)[G]) {
     for (int g = 0; g < G; ++g) {
         if constexpr (W::kScaled) {
-            const LaneScales scale = lane_scales(W::template scale<J>(w[g], c, N));
-#pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) sums[g][t].fold(scale);
+            sums[g].fold(lane_scales(W::template scale<J>(w[g], c, N)));
         } else {
-#pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) sums[g][t].fold(NoScale());
+            sums[g].fold(NoScale());
         }
     }
 }
 
-// The products of step J in chunk c, the b-th 32 weights of the row, [G groups of rows][T tokens]. Tokens take turns,
-// because each sum has to wait for itself.
-template <class W, int J, int G, int T>
-QQ_INLINE void add_codes(const uint8_t* const (&w)[G], const uint8_t* const (&x)[T], const Q8Row& at, int c,
-                         int64_t b, typename W::Sum (&sums)[G][T]) {
-    constexpr int kGroupWords = W::kGroup / 4;
-    constexpr int kFold = W::Sum::kFit < kGroupWords ? W::Sum::kFit : kGroupWords;
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-        for (int g = 0; g < G; ++g) sums[g][t].begin(W::start(x[t], at, b));
-    }
+// The products of step J in chunk c, the b-th 32 weights of the row, with one token for G groups of rows. Groups take
+// turns, because each sum has to wait for itself.
+template <class W, int J, int G>
+QQ_INLINE void add_codes(const uint8_t* const (&w)[G], const uint8_t* x, const Q8Row& at, int c, int64_t b,
+                         typename W::Sum (&sums)[G]) {
+    for (int g = 0; g < G; ++g) sums[g].begin(W::start(x, at, b));
     unrolled<4>([&](auto pair) QQ_LAMBDA_INLINE {
         constexpr int I = decltype(pair)::value;
         LaneInts codes[2][G];
@@ -55,45 +33,30 @@ QQ_INLINE void add_codes(const uint8_t* const (&w)[G], const uint8_t* const (&x)
         unrolled<2>([&](auto side) QQ_LAMBDA_INLINE {
             constexpr int kSide = decltype(side)::value, kDone = 2 * I + kSide + 1;
             constexpr int kWord = kSide ? W::second(I) : W::first(I);
-#pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) {
-                const LaneInts four = four_of_x(x[t] + b * kBlock + 4 * kWord);
-                for (int g = 0; g < G; ++g) sums[g][t].add(codes[kSide][g], four);
+            const LaneInts four = four_of_x(x + b * kBlock + 4 * kWord);
+            for (int g = 0; g < G; ++g) sums[g].add(codes[kSide][g], four);
+            if constexpr (kDone % fold_after<W, typename W::Sum>() == 0) {
+                fold_group<W, J, (kDone - 1) / (W::kGroup / 4)>(w, c, sums);
             }
-            if constexpr (kDone % kFold == 0) fold_group<W, J, (kDone - 1) / kGroupWords>(w, c, sums);
         });
     });
 }
 
-// Adds the minima of step J times the sums of x.
-template <class W, int J, int I, int G, int T>
-QQ_INLINE void add_minimum(const uint8_t* const (&w)[G], const uint8_t* const (&x)[T], const Q8Row& at, int c,
-                           int64_t b, LaneFloats (&acc)[G][T]) {
-    const int64_t sum = W::kMinima == 2 ? at.scaled_half_sums + 8 * b + 4 * I : at.scaled_sums + 4 * b;
-    for (int g = 0; g < G; ++g) {
-        const LaneFloats minimum = W::template minimum<J>(w[g], c, I);
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
-            acc[g][t] = multiply_add(minimum, lanes_of(load_f32(x[t] + sum)), acc[g][t]);
-        }
-    }
-}
-
-template <class W, int J, int G, int T>
-QQ_INLINE void add_step(const uint8_t* const (&w)[G], const uint8_t* const (&x)[T], const Q8Row& at, int c, int64_t b,
-                        LaneFloats (&acc)[G][T]) {
-    typename W::Sum sums[G][T];
+template <class W, int J, int G>
+QQ_INLINE void add_step(const uint8_t* const (&w)[G], const uint8_t* x, const Q8Row& at, int c, int64_t b,
+                        LaneFloats (&acc)[G]) {
+    typename W::Sum sums[G];
     add_codes<W, J>(w, x, at, c, b, sums);
+    const LaneFloats x_scale = lanes_of(load_f32(x + at.scales + 4 * b));
     for (int g = 0; g < G; ++g) {
-        const LaneFloats d = W::half(w[g], 0);
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
-            const LaneFloats scale = multiply(d, lanes_of(load_f32(x[t] + at.scales + 4 * b)));
-            acc[g][t] = multiply_add(sums[g][t].total(W::start(x[t], at, b)), scale, acc[g][t]);
+        acc[g] = multiply_add(sums[g].total(), multiply(W::half(w[g], 0), x_scale), acc[g]);
+    }
+    if constexpr (W::kMinima > 0) {
+        for (int i = 0; i < W::kMinima; ++i) {
+            const LaneFloats sum = lanes_of(load_f32(x + sum_of_x<W>(at, b, i)));
+            for (int g = 0; g < G; ++g) acc[g] = multiply_add(W::template minimum<J>(w[g], c, i), sum, acc[g]);
         }
     }
-    if constexpr (W::kMinima > 0) add_minimum<W, J, 0>(w, x, at, c, b, acc);
-    if constexpr (W::kMinima > 1) add_minimum<W, J, 1>(w, x, at, c, b, acc);
 }
 
 inline void store_rows(const MatmulArgs& a, int64_t r, int64_t t, LaneFloats values) {
@@ -107,21 +70,19 @@ inline void store_rows(const MatmulArgs& a, int64_t r, int64_t t, LaneFloats val
     }
 }
 
-// G groups of rows from r0 on, and T tokens from t0 on
-template <class W, int G, int T>
-inline void packed_tile(const MatmulArgs& a, int64_t r0, int64_t t0) {
+// G groups of rows from r0 on, with token t
+template <class W, int G>
+inline void packed_tile(const MatmulArgs& a, int64_t r0, int64_t t) {
     constexpr int kAhead = 4096;  // bytes of weights asked for early
     constexpr int kChunkBytes = W::kBytes / W::kChunks;
     const int64_t n_steps = a.k / kBlock;
     const Q8Row at = q8_row(a.k);
+    const uint8_t* x = a.x + t * a.x_row_bytes;
     const uint8_t* w[G];
-    const uint8_t* x[T];
-    LaneFloats acc[G][T];
-    for (int g = 0; g < G; ++g) w[g] = a.weights + (r0 + g * kLanes) * a.row_bytes;
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-        x[t] = a.x + (t0 + t) * a.x_row_bytes;
-        for (int g = 0; g < G; ++g) acc[g][t] = lanes_of(0.0f);
+    LaneFloats acc[G];
+    for (int g = 0; g < G; ++g) {
+        w[g] = a.weights + (r0 + g * kLanes) * a.row_bytes;
+        acc[g] = lanes_of(0.0f);
     }
     for (int64_t b = 0; b < n_steps;) {
         for (int c = 0; c < W::kChunks; ++c, b += W::kSteps) {
@@ -137,36 +98,36 @@ inline void packed_tile(const MatmulArgs& a, int64_t r0, int64_t t0) {
         }
         for (int g = 0; g < G; ++g) w[g] += W::kBytes;
     }
-    for (int t = 0; t < T; ++t) {
-        for (int g = 0; g < G; ++g) store_rows(a, r0 + g * kLanes, t0 + t, acc[g][t]);
+    for (int g = 0; g < G; ++g) store_rows(a, r0 + g * kLanes, t, acc[g]);
+}
+
+// One token at a time: rows are read from end to end.
+template <class W>
+inline void packed_rows(const MatmulArgs& a, int64_t first) {
+    constexpr int64_t kTile = kGroupsAlone * kLanes;
+    for (int64_t t = 0; t < a.n_tokens; ++t) {
+        int64_t r = first;
+        for (; r + kTile <= a.n_rows; r += kTile) packed_tile<W, kGroupsAlone>(a, r, t);
+        for (; r < a.n_rows; r += kLanes) packed_tile<W, 1>(a, r, t);
     }
 }
 
-template <class W, int T>
-constexpr int groups_in_tile() {
-    return T == 1 ? kGroupsAlone : W::kGroup < kBlock ? kGroupsOfHalves : kGroups;
-}
-
-// Rows [r0, r1) and the tokens from t0 on, T at a time, then what is left in smaller tiles.
-template <class W, int T>
-inline void packed_rows(const MatmulArgs& a, int64_t r0, int64_t r1, int64_t t0) {
-    constexpr int G = groups_in_tile<W, T>();
-    for (; t0 + T <= a.n_tokens; t0 += T) {
-        for (int64_t r = r0; r < r1; r += G * kLanes) packed_tile<W, G, T>(a, r, t0);
-    }
-    if constexpr (T > 1) packed_rows<W, T / 2>(a, r0, r1, t0);
-}
-
+// Several tokens go through panels; the activations of one stretch of steps stay in the second-level cache while all
+// rows pass by.
 template <class W>
 void matmul_packed(const MatmulArgs& a) {
-    constexpr int64_t kTile = groups_in_tile<W, kPackedTokens>() * kLanes;
-    MatmulArgs whole = a;
-    whole.n_rows = a.n_rows / kTile * kTile;
-    for_each_part(whole, kTile, [&](int64_t r0, int64_t r1) { packed_rows<W, kPackedTokens>(a, r0, r1, 0); });
-    // The last rows, fewer than a tile has, are not worth code of their own for several tokens.
-    for (int64_t t = 0; t < a.n_tokens; ++t) {
-        for (int64_t r = whole.n_rows; r < a.n_rows; r += kLanes) packed_tile<W, 1, 1>(a, r, t);
+    if (a.n_tokens == 1) return packed_rows<W>(a, 0);
+    constexpr int64_t kRows = Panel<W>::kRows, kSteps = Panel<W>::kSteps;
+    const int64_t n_steps = a.k / kBlock, whole = a.n_rows / kRows * kRows;
+    Panel<W> panel;
+    for (int64_t b = 0; b < n_steps; b += kSteps) {
+        const int64_t n = b + kSteps < n_steps ? kSteps : n_steps - b;
+        for (int64_t r = 0; r < whole; r += kRows) {
+            panel.bring_out(a, r, b, n);
+            panel_tokens<W, Panel<W>::kTokens>(panel, a, r, b, n, 0);
+        }
     }
+    packed_rows<W>(a, whole);  // fewer than a panel has
 }
 
 // Gives each type its packed kernel. Matrices that are too small to be packed keep the kernel they had.

@@ -96,7 +96,9 @@ struct SharedNibbles : Block, Apart {
 
 struct PackedQ4_0 : SharedNibbles<PackedBlock<1, 0, 4, 1, 1>, 0>, Unscaled, NoMinimum {
     using Sum = UnsignedSum<15>;
-    static int32_t start(const uint8_t* x, const Q8Row& at, int64_t b) { return load_i32(x + at.minus_8 + 4 * b); }
+    static int32_t start(const uint8_t* x, const Q8Row& at, int64_t b) {
+        return load_i32(x + (kStartsInPairs ? at.minus_4_twice : at.minus_8) + 4 * b);
+    }
 };
 
 struct PackedQ4_1 : SharedNibbles<PackedBlock<2, 0, 4, 1, 1>, 0>, Unscaled, NoStart {

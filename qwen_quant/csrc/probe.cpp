@@ -137,11 +137,10 @@ struct TrialStep {
     }
 
     // Seconds, at best: what else the machine does only makes it longer.
-    double run(int n_threads) const {
-        constexpr int kTries = 4;
+    double run(int n_threads, int tries) const {
         ThreadTeam team(n_threads);
         double best = 1e9;
-        for (int i = 0; i < kTries; ++i) {
+        for (int i = 0; i < tries; ++i) {
             const Clock::time_point start = Clock::now();
             team.run([&](int id) { work(team, id); });
             best = std::min(best, seconds_since(start));
@@ -203,12 +202,13 @@ int fastest_thread_count(int most) {
     if (most <= 1) return 1;
     if (known.count(most)) return known[most];
     constexpr double kAsFast = 1.05, kHopeless = 1.5;
+    constexpr int kTries = 3;
     const TrialStep step;
     std::vector<std::pair<int, double>> tried;
-    double best = step.run(most);  // once more than the others: clocks and caches have to get going
+    double best = step.run(most, 1);  // once more than the others: clocks and caches have to get going
     for (const int n : {most, most * 3 / 4, most / 2, most * 3 / 8, most / 4, most * 3 / 16, most / 8, 1}) {
         if (n < 1 || (!tried.empty() && n >= tried.back().first)) continue;
-        tried.emplace_back(n, step.run(n));
+        tried.emplace_back(n, step.run(n, kTries));
         best = std::min(best, tried.back().second);
         if (tried.back().second > kHopeless * best) break;
     }

@@ -18,11 +18,6 @@ uint8_t* put(uint8_t* to, const uint8_t* from, size_t n) {
 
 // ---- stored blocks to wide ones ---------------------------------------------------------------------------------
 
-template <size_t Bytes>
-void keep(const uint8_t* stored, uint8_t* wide) {
-    std::memcpy(wide, stored, Bytes);
-}
-
 // The fifth bit of code i is bit i of the four bytes. In the word it is bit i / 4 of byte i % 4, so that one shift
 // brings out the bits of four neighbours.
 template <size_t Halves>
@@ -213,17 +208,17 @@ void decode_iq4_xs(const uint8_t* wide, DecodedBlock& out) {
 }  // namespace
 
 const BlockFormat* block_format(uint32_t type) {
-    static const BlockFormat q4_0{32, 32, 1, 0, 4, keep<18>, decode_q4<8, false>};
-    static const BlockFormat q4_1{32, 32, 2, 0, 4, keep<20>, decode_q4<0, true>};
+    static const BlockFormat q4_0{32, 32, 1, 0, 4, nullptr, decode_q4<8, false>};
+    static const BlockFormat q4_1{32, 32, 2, 0, 4, nullptr, decode_q4<0, true>};
     static const BlockFormat q5_0{32, 32, 1, 0, 5, widen_q5<1>, decode_q5<16, false>};
     static const BlockFormat q5_1{32, 32, 2, 0, 5, widen_q5<2>, decode_q5<0, true>};
-    static const BlockFormat q8_0{32, 32, 1, 0, 8, keep<34>, decode_q8_0};
+    static const BlockFormat q8_0{32, 32, 1, 0, 8, nullptr, decode_q8_0};
     static const BlockFormat q2_K{256, 16, 2, 16, 16, widen_q2_K, decode_q2_K};
     static const BlockFormat q3_K{256, 16, 1, 16, 24, widen_q3_K, decode_q3_K};
     static const BlockFormat q4_K{256, 32, 2, 16, 32, widen_six_bit<128>, decode_q4_K};
     static const BlockFormat q5_K{256, 32, 2, 16, 40, widen_six_bit<160>, decode_q5_K};
     static const BlockFormat q6_K{256, 16, 1, 16, 48, widen_q6_K, decode_q6_K};
-    static const BlockFormat iq4_nl{32, 32, 1, 0, 4, keep<18>, decode_iq4_nl};
+    static const BlockFormat iq4_nl{32, 32, 1, 0, 4, nullptr, decode_iq4_nl};
     static const BlockFormat iq4_xs{256, 32, 1, 8, 32, widen_iq4_xs, decode_iq4_xs};
     switch (type) {
         case kQ4_0: return &q4_0;

@@ -24,10 +24,17 @@ struct BlockFormat {
     int weights;
     int group;  // weights that share a scale
     int halves, bytes, words;
-    void (*widen)(const uint8_t* stored, uint8_t* wide);
+    void (*widen)(const uint8_t* stored, uint8_t* wide);  // nullptr: blocks are stored as they are wanted
     void (*decode)(const uint8_t* wide, DecodedBlock& out);
 
     size_t wide_bytes() const { return static_cast<size_t>(2 * halves + bytes + 4 * words); }
+
+    // The wide block, which may be the stored one itself.
+    const uint8_t* widened(const uint8_t* stored, uint8_t* buffer) const {
+        if (!widen) return stored;
+        widen(stored, buffer);
+        return buffer;
+    }
 };
 
 // nullptr for a type that is no block type, or one that the engine does not know.

@@ -91,4 +91,28 @@ void ThreadTeam::publish(std::atomic<uint32_t>& word, uint32_t value) {
     wake_.notify_all();
 }
 
+bool SharedRanges::take(int id, uint32_t stage, int64_t n, int64_t step, Range& piece) {
+    constexpr int64_t kSmallest = 16;  // parts of a part: smaller pieces cost more than they even out
+    const int64_t units = (n + step - 1) / step;
+    const int size = static_cast<int>(parts_.size());
+    for (int i = 0; i < size; ++i) {
+        const int owner = (id + i) % size;
+        const int64_t begin = units * owner / size, end = units * (owner + 1) / size;
+        const int64_t smallest = std::max<int64_t>((end - begin) / kSmallest, 1);
+        std::atomic<uint64_t>& word = parts_[static_cast<size_t>(owner)].word;
+        for (uint64_t seen = word.load();;) {
+            const int32_t ahead = static_cast<int32_t>(static_cast<uint32_t>(seen >> 32) - stage);
+            const int64_t at = ahead < 0 ? begin : static_cast<int64_t>(seen & 0xffffffffu);
+            if (ahead > 0 || at >= end) break;
+            const int64_t next = std::min(at + std::max((end - at) / 2, smallest), end);
+            if (!word.compare_exchange_weak(seen, static_cast<uint64_t>(stage) << 32 | static_cast<uint64_t>(next))) {
+                continue;
+            }
+            piece = {at * step, std::min(next * step, n)};
+            return true;
+        }
+    }
+    return false;
+}
+
 }  // namespace qq

@@ -57,4 +57,21 @@ inline Range share(int64_t n, int id, int size, int64_t step = 1) {
     return {begin < n ? begin : n, end < n ? end : n};
 }
 
+// Hands out n items of a stage in pieces: to each thread its own even part first, then what others have left of theirs.
+// All threads pass the same stages in the same order; numbers instead of resets let a thread begin a stage while others
+// are still busy in the one before.
+class SharedRanges {
+public:
+    explicit SharedRanges(int n_threads) : parts_(static_cast<size_t>(n_threads)) {}
+
+    // The next piece for thread `id`, cut at multiples of `step`; false when nothing is left. Stages count from 1.
+    bool take(int id, uint32_t stage, int64_t n, int64_t step, Range& piece);
+
+private:
+    struct alignas(64) Part {
+        std::atomic<uint64_t> word{0};  // the stage, and in the lower half how far the part has been handed out
+    };
+    std::vector<Part> parts_;
+};
+
 }  // namespace qq

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cmath>
+#include <type_traits>
 
 #include "x86_elementwise.h"
 #include "x86_lanes.h"
@@ -35,21 +36,53 @@ inline __m256 sum_lanes_of_8(const __m256 (&v)[8]) {
                          _mm256_shuffle_ps(quarters[0], quarters[1], 0xdd));
 }
 
+// Asks for FP16 numbers [begin, end) of what is wanted next, if anything is.
+inline void ask_ahead(const uint8_t* ahead, int64_t begin, int64_t end) {
+    if (!ahead) return;
+    for (int64_t at = 2 * begin / 64 * 64; at < 2 * end; at += 64) prefetch(ahead + at);
+}
+
+// Pointers to N rows that move along together, three to a register: x86 adds a stride once or twice by itself. More
+// registers than there are would be kept in memory.
+template <int N, class T>
+struct MovingRows {
+    T* bases[(N + 2) / 3];
+    int64_t stride;
+
+    QQ_INLINE MovingRows(T* first, int64_t s) : stride(s) {
+        for (int b = 0; b < (N + 2) / 3; ++b) bases[b] = first + 3 * b * s;
+    }
+    QQ_INLINE T* row(int i) const { return bases[i / 3] + i % 3 * stride; }
+    QQ_INLINE void move(int64_t n) {
+#pragma GCC unroll 3
+        for (T*& base : bases) {
+            base += n;
+            asm("" : "+r"(base));  // or the compiler would make one pointer for each row
+        }
+    }
+};
+
 // Q queries and J keys
 template <int Q, int J>
 inline void scores_tile(const float* q, const uint16_t* keys, int64_t dim, float* scores, int64_t ld_scores) {
     LaneFloats acc[Q * J];
 #pragma GCC unroll 8  // here and below: or the sums would be kept in memory
     for (int i = 0; i < Q * J; ++i) acc[i] = lanes_of(0.0f);
-    int64_t d = 0;
-    for (; d + kLanes <= dim; d += kLanes) {
+    MovingRows<Q, const float> queries(q, dim);
+    MovingRows<J, const uint16_t> halves(keys, dim);
+    const int64_t whole = dim / kLanes * kLanes;
+    for (int64_t d = 0; d < whole; d += kLanes) {
         LaneFloats key[J];
-        for (int j = 0; j < J; ++j) key[j] = load_lane_halves(reinterpret_cast<const uint8_t*>(keys + j * dim + d));
+#pragma GCC unroll 8
+        for (int j = 0; j < J; ++j) key[j] = load_lane_halves(reinterpret_cast<const uint8_t*>(halves.row(j)));
 #pragma GCC unroll 8
         for (int i = 0; i < Q; ++i) {
-            const LaneFloats query = load_lanes(q + i * dim + d);
+            const LaneFloats query = load_lanes(queries.row(i));
+#pragma GCC unroll 8
             for (int j = 0; j < J; ++j) acc[i * J + j] = multiply_add(key[j], query, acc[i * J + j]);
         }
+        queries.move(kLanes);
+        halves.move(kLanes);
     }
     alignas(32) float sums[Q * J];
     if constexpr (Q * J == 8) {
@@ -60,30 +93,45 @@ inline void scores_tile(const float* q, const uint16_t* keys, int64_t dim, float
     } else {
         for (int i = 0; i < Q * J; ++i) sums[i] = sum_lanes(eight_lanes(acc[i]));
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < Q; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < J; ++j) scores[i * ld_scores + j] = sums[i * J + j];
+    }
+    if (whole == dim) return;
     for (int i = 0; i < Q; ++i) {
         for (int j = 0; j < J; ++j) {
-            float sum = sums[i * J + j];
-            for (int64_t e = d; e < dim; ++e) sum += q[i * dim + e] * half_to_float(keys[j * dim + e]);
-            scores[i * ld_scores + j] = sum;
+            float& sum = scores[i * ld_scores + j];
+            for (int64_t e = whole; e < dim; ++e) sum += q[i * dim + e] * half_to_float(keys[j * dim + e]);
         }
     }
 }
 
 template <int Q>
-inline void scores_of(const float* q, const uint16_t* keys, int64_t n_keys, int64_t dim, float* scores, int64_t ld) {
+QQ_ALONE void scores_of(const float* q, const uint16_t* keys, int64_t n_keys, int64_t dim, float* scores, int64_t ld,
+                        const uint8_t* ahead) {
     constexpr int J = 8 / Q;
     int64_t j = 0;
-    for (; j + J <= n_keys; j += J) scores_tile<Q, J>(q, keys + j * dim, dim, scores + j, ld);
+    for (; j + J <= n_keys; j += J) {
+        ask_ahead(ahead, j * dim, (j + J) * dim);
+        scores_tile<Q, J>(q, keys + j * dim, dim, scores + j, ld);
+    }
     for (; j < n_keys; ++j) scores_tile<Q, 1>(q, keys + j * dim, dim, scores + j, ld);
 }
 
 void attend_scores(const float* q, int64_t n_q, const uint16_t* keys, int64_t n_keys, int64_t dim, float* scores,
-                   int64_t ld) {
+                   int64_t ld, const uint8_t* ahead) {
     int64_t i = 0;
-    for (; i + 8 <= n_q; i += 8) scores_of<8>(q + i * dim, keys, n_keys, dim, scores + i * ld, ld);
-    for (; i + 4 <= n_q; i += 4) scores_of<4>(q + i * dim, keys, n_keys, dim, scores + i * ld, ld);
-    for (; i + 2 <= n_q; i += 2) scores_of<2>(q + i * dim, keys, n_keys, dim, scores + i * ld, ld);
-    for (; i < n_q; ++i) scores_of<1>(q + i * dim, keys, n_keys, dim, scores + i * ld, ld);
+    const auto take = [&](auto rows) {
+        constexpr int Q = decltype(rows)::value;
+        for (; i + Q <= n_q; i += Q) {
+            scores_of<Q>(q + i * dim, keys, n_keys, dim, scores + i * ld, ld, i == 0 ? ahead : nullptr);
+        }
+    };
+    take(std::integral_constant<int, 8>());
+    take(std::integral_constant<int, 4>());
+    take(std::integral_constant<int, 2>());
+    take(std::integral_constant<int, 1>());
 }
 
 float softmax_block(float* scores, int64_t valid, int64_t n, float* running_max, float* running_sum) {
@@ -103,18 +151,20 @@ float softmax_block(float* scores, int64_t valid, int64_t n, float* running_max,
         sum = _mm256_add_ps(sum, kept);
         _mm256_storeu_ps(scores + i, kept);
     }
-    const float rescale = valid > 0 ? expf(*running_max - largest) : 1.0f;
+    const float rescale = largest > *running_max ? expf(*running_max - largest) : 1.0f;
     *running_max = largest;
     *running_sum = *running_sum * rescale + sum_lanes(sum);
     return rescale;
 }
 
 template <int Q>
-inline void values_tile(const float* p, int64_t ld_p, const float* rescale, const uint16_t* values, int64_t n_keys,
-                        int64_t dim, float* acc) {
+QQ_ALONE void values_tile(const float* p, int64_t ld_p, const float* rescale, const uint16_t* values, int64_t n_keys,
+                          int64_t dim, float* acc, const uint8_t* ahead) {
     int64_t d = 0;
     for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
+        ask_ahead(ahead, d * n_keys, (d + 2 * kLanes) * n_keys);
         LaneFloats low[Q], high[Q];
+#pragma GCC unroll 8
         for (int i = 0; i < Q; ++i) {
             const LaneFloats factor = lanes_of(rescale[i]);
             low[i] = multiply(load_lanes(acc + i * dim + d), factor);
@@ -123,6 +173,7 @@ inline void values_tile(const float* p, int64_t ld_p, const float* rescale, cons
         for (int64_t j = 0; j < n_keys; ++j) {
             const uint8_t* value = reinterpret_cast<const uint8_t*>(values + j * dim + d);
             const LaneFloats a = load_lane_halves(value), b = load_lane_halves(value + 2 * kLanes);
+#pragma GCC unroll 8
             for (int i = 0; i < Q; ++i) {
                 const LaneFloats weight = lanes_of(p[i * ld_p + j]);
                 low[i] = multiply_add(weight, a, low[i]);
@@ -144,18 +195,19 @@ inline void values_tile(const float* p, int64_t ld_p, const float* rescale, cons
 }
 
 void attend_values(const float* p, int64_t ld_p, const float* rescale, int64_t n_q, const uint16_t* values,
-                   int64_t n_keys, int64_t dim, float* acc) {
+                   int64_t n_keys, int64_t dim, float* acc, const uint8_t* ahead) {
     int64_t i = 0;
-    for (; kLanes == 16 && i + 8 <= n_q; i += 8) {  // needs more than 16 registers
-        values_tile<8>(p + i * ld_p, ld_p, rescale + i, values, n_keys, dim, acc + i * dim);
-    }
-    for (; i + 4 <= n_q; i += 4) {
-        values_tile<4>(p + i * ld_p, ld_p, rescale + i, values, n_keys, dim, acc + i * dim);
-    }
-    for (; i + 2 <= n_q; i += 2) {
-        values_tile<2>(p + i * ld_p, ld_p, rescale + i, values, n_keys, dim, acc + i * dim);
-    }
-    for (; i < n_q; ++i) values_tile<1>(p + i * ld_p, ld_p, rescale + i, values, n_keys, dim, acc + i * dim);
+    const auto take = [&](auto rows) {
+        constexpr int Q = decltype(rows)::value;
+        for (; i + Q <= n_q; i += Q) {
+            values_tile<Q>(p + i * ld_p, ld_p, rescale + i, values, n_keys, dim, acc + i * dim,
+                           i == 0 ? ahead : nullptr);
+        }
+    };
+    if constexpr (kLanes == 16) take(std::integral_constant<int, 8>());  // needs more than 16 registers
+    take(std::integral_constant<int, 4>());
+    take(std::integral_constant<int, 2>());
+    take(std::integral_constant<int, 1>());
 }
 
 }  // namespace

@@ -57,6 +57,10 @@ void quantize_row(const float* x, int64_t k, uint8_t* out) {
         scales[b] = largest <= 3.4e38f ? largest / 127.0f : NAN;
     }
     complete_q8_row(k, out);
+#ifndef __AVX512VNNI__
+    int16_t* wide = reinterpret_cast<int16_t*>(out + q8_row(k).wide);
+    for (int64_t i = 0; i < k; ++i) wide[i] = static_cast<int8_t>(out[i]);
+#endif
 }
 
 float rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {

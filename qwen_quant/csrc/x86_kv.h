@@ -26,10 +26,18 @@ inline LaneFloats lane_scales(const uint8_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(bytes, _mm512_set1_epi32(kScaleLowest)), kScaleShift));
 }
 inline LaneFloats subtract(LaneFloats a, LaneFloats b) { return _mm512_sub_ps(a, b); }
+inline LaneFloats load_first(const float* p, int64_t n) {
+    return n >= kLanes ? load_lanes(p) : _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+}
+inline LaneInts rounded(LaneFloats x) { return _mm512_cvtps_epi32(x); }
+inline LaneInts add_ints(LaneInts a, LaneInts b) { return _mm512_add_epi32(a, b); }
+inline void store_shorts(int16_t* p, LaneInts x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(x));
+}
 #else
 inline LaneInts zero_sums() { return _mm256_setzero_si256(); }
 inline LaneInts add_products(LaneInts sum, LaneInts a, LaneInts b) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+    return in_this_order(_mm256_add_epi32(sum, _mm256_madd_epi16(a, b)));
 }
 inline LaneInts widened(const uint8_t* p) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -43,7 +51,23 @@ inline LaneFloats lane_scales(const uint8_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(bytes, _mm256_set1_epi32(kScaleLowest)), kScaleShift));
 }
 inline LaneFloats subtract(LaneFloats a, LaneFloats b) { return _mm256_sub_ps(a, b); }
+inline LaneFloats load_first(const float* p, int64_t) { return load_lanes(p); }
+inline LaneInts rounded(LaneFloats x) { return _mm256_cvtps_epi32(x); }
+inline LaneInts add_ints(LaneInts a, LaneInts b) { return _mm256_add_epi32(a, b); }
+inline void store_shorts(int16_t* p, LaneInts x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+}
 #endif
+
+// Asks for the i-th of `parts` parts of the codes that are wanted next.
+template <KvType T>
+inline void ask_ahead(const KvTokens& tokens, int64_t i, int64_t parts) {
+    const int64_t bytes = static_cast<int64_t>(kv_codes_at(T, tokens.dim, tokens.n));
+    for (int64_t at = bytes * i / parts & ~int64_t{63}; at < bytes * (i + 1) / parts; at += 64) {
+        prefetch(tokens.ahead + at);
+    }
+}
 
 inline LaneInts two_codes(const int16_t* p) { return four_of_x(reinterpret_cast<const uint8_t*>(p)); }
 
@@ -84,15 +108,18 @@ constexpr int64_t tile_depth(KvType type) { return type == KvType::kInt8 ? 2 : 8
 constexpr int64_t tile_bytes(KvType type) { return type == KvType::kInt8 ? 32 : 64; }
 
 template <KvType T, int Q>
-inline void kv_scores_of(const KvQueries& q, int64_t row, const KvTokens& keys, float* scores, int64_t ld) {
-    const int64_t n_groups = keys.dim / kKvGroup;
+QQ_ALONE void kv_scores_of(const KvQueries& q, int64_t row, const KvTokens& keys, float* scores, int64_t ld) {
+    const int64_t n_groups = keys.dim / kKvGroup, n_tiles = (keys.n + 15) / 16;
     const int16_t* x[Q];
     for (int i = 0; i < Q; ++i) x[i] = q.codes + (row + i) * keys.dim;
-    for (int64_t key = 0; key < keys.n; key += 16) {
-        const uint8_t* tile = keys.codes + kv_codes_at(T, keys.dim, key);
+    const uint8_t* tile = keys.codes;
+    for (int64_t at = 0; at < n_tiles; ++at) {
+        const int64_t key = 16 * at;
         LaneFloats total[Q * kVectors];
+#pragma GCC unroll 8
         for (int i = 0; i < Q * kVectors; ++i) total[i] = lanes_of(0.0f);
         for (int64_t g = 0; g < n_groups; ++g) {
+            ask_ahead<T>(keys, at * n_groups + g, n_tiles * n_groups);
             LaneInts sums[Q * kVectors];
 #pragma GCC unroll 8
             for (int i = 0; i < Q * kVectors; ++i) sums[i] = zero_sums();
@@ -105,16 +132,15 @@ inline void kv_scores_of(const KvQueries& q, int64_t row, const KvTokens& keys, 
 #pragma GCC unroll 8
                 for (int i = 0; i < Q; ++i) {
                     const LaneFloats offset = lanes_of(q.offsets[(row + i) * n_groups + g]);
-                    const int at = i * kVectors + v;
-                    total[at] = multiply_add(subtract(to_floats(sums[at]), offset), scale, total[at]);
+                    LaneFloats& sum = total[i * kVectors + v];
+                    sum = multiply_add(subtract(to_floats(sums[i * kVectors + v]), offset), scale, sum);
                 }
             }
         }
         for (int i = 0; i < Q; ++i) {
             const LaneFloats scale = lanes_of(q.scales[row + i]);
-            for (int v = 0; v < kVectors; ++v) {
-                store_lanes(scores + (row + i) * ld + key + v * kLanes, multiply(total[i * kVectors + v], scale));
-            }
+            float* out = scores + (row + i) * ld + key;
+            for (int v = 0; v < kVectors; ++v) store_lanes(out + v * kLanes, multiply(total[i * kVectors + v], scale));
         }
     }
 }
@@ -127,19 +153,47 @@ void kv_scores(const KvQueries& q, int64_t n_q, const KvTokens& keys, float* sco
     for (; row < n_q; ++row) kv_scores_of<T, 1>(q, row, keys, scores, ld);
 }
 
+// Probabilities of up to kKvBlock tokens times the tokens' scales for one group of channels, as int16 codes.
+struct ScaledCodes {
+    alignas(64) int16_t codes[kKvBlock];
+    LaneFloats scale, offset;
+
+    // `largest`: at least that of all products. n is a multiple of 8.
+    void set(const float* probabilities, const float* token_scales, int64_t n, float largest, float middle) {
+        const LaneFloats inverse = lanes_of(largest > 1e-30f ? 32767.0f / largest : 0.0f);
+        LaneInts sum = zero_sums();
+        for (int64_t j = 0; j < n; j += kLanes) {
+            const LaneFloats product = multiply(load_first(probabilities + j, n - j), load_lanes(token_scales + j));
+            const LaneInts code = rounded(multiply(product, inverse));
+            sum = add_ints(sum, code);
+            store_shorts(codes + j, code);
+        }
+        scale = lanes_of(largest / 32767.0f);  // NaN stays NaN
+        offset = lanes_of(middle == 0 ? 0.0f : middle * sum_lanes(eight_lanes(to_floats(sum))));
+    }
+};
+
 template <KvType T, int Q>
-inline void kv_values_of(const float* p, int64_t ld, const float* rescale, const KvTokens& values, float* acc) {
-    const int64_t n = (values.n + 7) / 8 * 8;
+QQ_ALONE void kv_values_of(const float* p, int64_t ld, const float* rescale, const KvTokens& values, float* acc) {
+    const int64_t n = (values.n + 7) / 8 * 8, n_groups = values.dim / kKvGroup;
     const int64_t run = T == KvType::kInt8 ? 2 : 8;  // tokens that lie side by side
     const float middle = T == KvType::kInt8 ? 0.0f : kInt4Middle;
     alignas(64) float scales[kKvBlock];
-    ScaledProbabilities scaled[Q];
+    float largest[Q];
+    ScaledCodes scaled[Q];
     const int16_t* x[Q];
-    for (int i = 0; i < Q; ++i) x[i] = scaled[i].codes;
-    for (int64_t g = 0; g < values.dim / kKvGroup; ++g) {
-        for (int64_t j = 0; j < n; j += kLanes) store_lanes(scales + j, lane_scales(values.scales + g * kKvPage + j));
-        for (int i = 0; i < Q; ++i) scaled[i].set(p + i * ld, scales, n, middle);
+    for (int i = 0; i < Q; ++i) {
+        largest[i] = bits_to_float(largest_bits(p + i * ld, values.n));
+        x[i] = scaled[i].codes;
+    }
+    for (int64_t g = 0; g < n_groups; ++g) {
+        const uint8_t* bytes = values.scales + g * kKvPage;
+        uint8_t top = 0;
+        for (int64_t j = 0; j < values.n; ++j) top = bytes[j] > top ? bytes[j] : top;
+        for (int64_t j = 0; j < n; j += kLanes) store_lanes(scales + j, lane_scales(bytes + j));
+        for (int i = 0; i < Q; ++i) scaled[i].set(p + i * ld, scales, n, largest[i] * kv_scale(top), middle);
         for (int64_t d = g * kKvGroup; d < (g + 1) * kKvGroup; d += 16) {
+            ask_ahead<T>(values, d / 16, values.dim / 16);
             LaneInts sums[Q * kVectors];
 #pragma GCC unroll 8
             for (int i = 0; i < Q * kVectors; ++i) sums[i] = zero_sums();
@@ -147,12 +201,11 @@ inline void kv_values_of(const float* p, int64_t ld, const float* rescale, const
             for (int64_t j = 0; j < n; j += run, tile += values.dim * tile_bytes(T) / 16) add_tile<Q>(T, tile, x, j, sums);
 #pragma GCC unroll 8
             for (int i = 0; i < Q; ++i) {
-                const LaneFloats scale = lanes_of(scaled[i].scale), offset = lanes_of(scaled[i].offset);
                 const LaneFloats before = lanes_of(rescale[i]);
                 for (int v = 0; v < kVectors; ++v) {
                     float* out = acc + i * values.dim + d + v * kLanes;
-                    const LaneFloats sum = subtract(to_floats(sums[i * kVectors + v]), offset);
-                    store_lanes(out, multiply_add(sum, scale, multiply(load_lanes(out), before)));
+                    const LaneFloats sum = subtract(to_floats(sums[i * kVectors + v]), scaled[i].offset);
+                    store_lanes(out, multiply_add(sum, scaled[i].scale, multiply(load_lanes(out), before)));
                 }
             }
         }

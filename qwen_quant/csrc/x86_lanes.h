@@ -15,7 +15,7 @@ inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const cha
 
 constexpr int64_t kLanes = 16;
 // 12 sums of integers, 12 of floats, and what feeds them
-constexpr int kPackedTokens = 6, kGroups = 2, kGroupsOfHalves = 2, kGroupsAlone = 2;
+constexpr int kGroups = 2, kPackedTokens = 6, kTokensOfHalves = 6, kGroupsAlone = 2;
 using LaneFloats = __m512;
 using LaneInts = __m512i;
 
@@ -53,7 +53,7 @@ inline LaneInts mask_bytes(LaneInts x, int mask) {
 inline LaneInts either(LaneInts a, LaneInts b) { return _mm512_or_si512(a, b); }
 
 // The instruction wants one side unsigned: signed codes are kept with 128 added, which a start takes off again.
-constexpr bool kSignedCodesFlipped = true;
+constexpr bool kSignedCodesFlipped = true, kStartsInPairs = false;
 inline LaneInts iq4_levels(LaneInts codes) {
     const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kIq4Levels));
     const __m128i flipped = _mm_xor_si128(levels, _mm_set1_epi8(-128));
@@ -68,6 +68,10 @@ inline LaneScales lane_scales(LaneInts x) { return to_floats(x); }
 template <int Largest>
 struct UnsignedSum {
     static constexpr int kFit = kBlock / 4;  // additions between two folds
+    using InPanel = UnsignedSum;
+    static constexpr int kParts = 1;
+    static void split(LaneInts codes, LaneInts (&parts)[1]) { parts[0] = codes; }
+    static LaneInts load(const uint8_t* x, const Q8Row&, int64_t i) { return four_of_x(x + i); }
     LaneInts dot;
     LaneFloats sum;
     QQ_INLINE void begin(int32_t start) {
@@ -75,20 +79,21 @@ struct UnsignedSum {
         sum = lanes_of(0.0f);
     }
     QQ_INLINE void add(LaneInts codes, LaneInts x) { dot = _mm512_dpbusd_epi32(dot, codes, x); }
+    QQ_INLINE void add(const LaneInts (&parts)[1], LaneInts x) { add(parts[0], x); }
     QQ_INLINE void fold(NoScale) { sum = to_floats(dot); }
     QQ_INLINE void fold(LaneScales scale) {
         sum = multiply_add(to_floats(dot), scale, sum);
         dot = _mm512_setzero_si512();
     }
-    QQ_INLINE LaneFloats total(int32_t) const { return sum; }
+    QQ_INLINE LaneFloats total() const { return sum; }
 };
 using SignedSum = UnsignedSum<255>;
 
 #else
 
 constexpr int64_t kLanes = 8;
-// 8 sums of integers and what feeds them; the floats wait in memory. Where scales for 16 make that two sums each, 4.
-constexpr int kPackedTokens = 4, kGroups = 2, kGroupsOfHalves = 1, kGroupsAlone = 1;
+// 8 sums of integers and what feeds them; the floats wait in memory.
+constexpr int kGroups = 2, kPackedTokens = 4, kTokensOfHalves = 2, kGroupsAlone = 1;
 using LaneFloats = __m256;
 using LaneInts = __m256i;
 
@@ -117,7 +122,7 @@ inline LaneInts mask_bytes(LaneInts x, int mask) {
 }
 inline LaneInts either(LaneInts a, LaneInts b) { return _mm256_or_si256(a, b); }
 
-constexpr bool kSignedCodesFlipped = false;
+constexpr bool kSignedCodesFlipped = false, kStartsInPairs = true;
 inline LaneInts iq4_levels(LaneInts codes) {
     const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kIq4Levels));
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), codes);
@@ -132,33 +137,71 @@ inline LaneScales lane_scales(LaneInts x) {
 inline LaneInts add_pairs(LaneInts x, LaneScales scale) { return _mm256_madd_epi16(x, scale); }
 inline LaneInts add_pairs(LaneInts x, NoScale) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
 
+// Sums of integers stay in their registers: compilers may add in any order, and would keep all products for later.
+inline LaneInts in_this_order(LaneInts sum) {
+    asm("" : "+x"(sum));
+    return sum;
+}
+inline LaneInts add_shorts(LaneInts a, LaneInts b) { return in_this_order(_mm256_add_epi16(a, b)); }
+
 // The sum over groups of scale times the products of codes with x. Sums of two products wait in 16 bits until they
-// are folded into `sum`.
+// are folded into `sum`. They begin with what takes an offset off: on the way they may wrap, at the end they fit.
 struct LaneSum {
     LaneInts pairs, sum;
-    QQ_INLINE void begin(int32_t) { pairs = sum = _mm256_setzero_si256(); }
+    QQ_INLINE void begin(int32_t start) {
+        pairs = _mm256_set1_epi32(start);
+        sum = _mm256_setzero_si256();
+    }
     template <class Scale>
     QQ_INLINE void fold(Scale scale) {
-        sum = _mm256_add_epi32(sum, add_pairs(pairs, scale));
+        sum = in_this_order(_mm256_add_epi32(sum, add_pairs(pairs, scale)));
         pairs = _mm256_setzero_si256();
     }
-    QQ_INLINE LaneFloats total(int32_t start) const {
-        return to_floats(_mm256_add_epi32(_mm256_set1_epi32(start), sum));
-    }
+    QQ_INLINE LaneFloats total() const { return to_floats(sum); }
 };
 
 // Codes from 0 to Largest; |x| <= 127
 template <int Largest>
 struct UnsignedSum : LaneSum {
     static constexpr int kFit = 32767 / (2 * 127 * Largest);
-    QQ_INLINE void add(LaneInts codes, LaneInts x) {
-        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes, x));
+    using InPanel = UnsignedSum;
+    static constexpr int kParts = 1;
+    static void split(LaneInts codes, LaneInts (&parts)[1]) { parts[0] = codes; }
+    static LaneInts load(const uint8_t* x, const Q8Row&, int64_t i) { return four_of_x(x + i); }
+    QQ_INLINE void add(LaneInts codes, LaneInts x) { pairs = add_shorts(pairs, _mm256_maddubs_epi16(codes, x)); }
+    QQ_INLINE void add(const LaneInts (&parts)[1], LaneInts x) { add(parts[0], x); }
+};
+
+// Signed codes for several tokens, with activations of 16 bits: two products at a time, but their sums always fit.
+struct WideSum {
+    static constexpr int kFit = kBlock / 4, kParts = 2;
+    struct Four {
+        LaneInts low, high;
+    };
+    LaneInts sum;
+    static void split(LaneInts codes, LaneInts (&parts)[2]) {
+        const __m128i low = _mm_setr_epi8(-1, 0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13);
+        const __m128i high = _mm_add_epi8(low, _mm_set1_epi16(2 << 8));
+        parts[0] = _mm256_srai_epi16(_mm256_shuffle_epi8(codes, _mm256_broadcastsi128_si256(low)), 8);
+        parts[1] = _mm256_srai_epi16(_mm256_shuffle_epi8(codes, _mm256_broadcastsi128_si256(high)), 8);
     }
+    static Four load(const uint8_t* x, const Q8Row& at, int64_t i) {
+        return {four_of_x(x + at.wide + 2 * i), four_of_x(x + at.wide + 2 * i + 4)};
+    }
+    QQ_INLINE void begin(int32_t) { sum = _mm256_setzero_si256(); }
+    QQ_INLINE void add(const LaneInts (&parts)[2], const Four& x) {
+        sum = in_this_order(_mm256_add_epi32(sum, _mm256_madd_epi16(parts[0], x.low)));
+        sum = in_this_order(_mm256_add_epi32(sum, _mm256_madd_epi16(parts[1], x.high)));
+    }
+    QQ_INLINE void fold(NoScale) {}
+    QQ_INLINE void fold(LaneScales scale) { sum = _mm256_mullo_epi32(sum, _mm256_srai_epi32(scale, 16)); }  // of all 32
+    QQ_INLINE LaneFloats total() const { return to_floats(sum); }
 };
 
 // Signed codes: |w| * (x with the sign of w); two products reach 2 * 128 * 127 < 2^15, more do not fit.
 struct SignedSum : LaneSum {
     static constexpr int kFit = 1;
+    using InPanel = WideSum;
     QQ_INLINE void add(LaneInts codes, LaneInts x) {
         pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
     }

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from qwen_quant.checkpoint import resolve_model
 from qwen_quant.errors import FormatError, QwenQuantError, UsageError
-from qwen_quant.runtime.onnx import OnnxEngine, is_onnx_folder
+from qwen_quant.runtime.onnx import is_onnx_folder
 
 if TYPE_CHECKING:
     from qwen_quant.tokenizer import Tokenizer
@@ -42,6 +42,10 @@ class LogitsProvider(Protocol):
     @property
     def kv_bytes_per_token(self) -> float | None:
         """What a token adds to the cache of keys and values; None where there is no cache."""
+
+    @property
+    def kv_recent_bytes(self) -> int | None:
+        """What the cache has beside that, whatever the context; None where there is no cache."""
 
     def window_logits(self, tokens: Tokens, first: int = 0) -> Logits:
         """Logits [T - first, V] after tokens first … T - 1 of `tokens` [T], nothing preceding the window."""
@@ -78,11 +82,14 @@ class EngineProvider:
 
     @property
     def kv_bytes_per_token(self) -> float | None:
-        engine = self.session.engine
-        return None if isinstance(engine, OnnxEngine) else engine.kv_bytes_per_token
+        return self.session.engine.kv_bytes_per_token
+
+    @property
+    def kv_recent_bytes(self) -> int | None:
+        return self.session.engine.kv_recent_bytes
 
     def window_logits(self, tokens: Tokens, first: int = 0) -> Logits:
-        return self.session.logits(tokens)[first:]
+        return self.session.logits(tokens, first)
 
 
 def open_provider(

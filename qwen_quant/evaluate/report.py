@@ -61,8 +61,11 @@ class EvalResult:
     top1_agreement: float | None = None
     kv_cache: str | None = None
     kv_bytes_per_token: float | None = None
+    kv_recent_bytes: int | None = None  # of recent tokens in FP16, whatever the context
     retrieval: dict[str, float] | None = None  # by depth: see retrieval.py
+    retrieval_gain: dict[str, float] | None = None
     retrieval_reference: dict[str, float] | None = None
+    retrieval_gain_reference: dict[str, float] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, as `eval --json` prints them."""
@@ -85,9 +88,15 @@ class EvalResult:
             lines.append(
                 (f"KV cache {self.kv_cache or 'f16'}, bytes per token", f"{self.kv_bytes_per_token:,.0f}")
             )
-        for name, found in (("retrieval", self.retrieval), ("reference's", self.retrieval_reference)):
+        if self.kv_recent_bytes:
+            lines.append(("and in all, of recent tokens", f"{self.kv_recent_bytes:,}"))
+        for name, shares, gains in (
+            ("retrieval", self.retrieval, self.retrieval_gain),
+            ("reference's", self.retrieval_reference, self.retrieval_gain_reference),
+        ):
             lines += [
-                (f"{name} at depth {depth}", f"{100 * share:.0f} %") for depth, share in (found or {}).items()
+                (f"{name} at depth {depth}", f"{100 * share:.0f} %, {(gains or {})[depth]:+.2f} nats")
+                for depth, share in (shares or {}).items()
             ]
         if self.ppl_reference is None:
             return lines
@@ -147,11 +156,20 @@ def evaluate(
         )
     windows = cut_windows(tokens, ctx, max_windows)
     result = evaluate_windows(measured, against, windows, data=str(data), text=text)
-    result = replace(result, kv_cache=kv_cache, kv_bytes_per_token=measured.kv_bytes_per_token)
+    result = replace(
+        result,
+        kv_cache=kv_cache,
+        kv_bytes_per_token=measured.kv_bytes_per_token,
+        kv_recent_bytes=measured.kv_recent_bytes,
+    )
     if not needle:
         return result
-    theirs = None if against is None else needle_retrieval(against, windows)
-    return replace(result, retrieval=needle_retrieval(measured, windows), retrieval_reference=theirs)
+    found = needle_retrieval(measured, windows)
+    result = replace(result, retrieval=found.share, retrieval_gain=found.gain)
+    if against is None:
+        return result
+    found = needle_retrieval(against, windows)
+    return replace(result, retrieval_reference=found.share, retrieval_gain_reference=found.gain)
 
 
 def evaluate_windows(

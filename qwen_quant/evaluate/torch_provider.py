@@ -10,10 +10,10 @@ import torch
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.evaluate.providers import Logits, Tokens
 from qwen_quant.grids.kv_file import FILE_NAME, read_kv_file
-from qwen_quant.grids.kv_layout import KVCacheSpec, uncalibrated
+from qwen_quant.grids.kv_layout import KVCacheSpec
 from qwen_quant.model import load_model
 from qwen_quant.model.kv_cache import new_quantized_cache
-from qwen_quant.quantize.kv_cache import key_bias
+from qwen_quant.quantize.kv_weights import weights_layout
 from qwen_quant.tokenizer import Tokenizer
 
 
@@ -48,22 +48,18 @@ class TorchProvider:
         spec = self.model.spec
         return None if self.kv is None else self.kv.bytes_per_token(spec.num_key_value_heads, spec.head_dim)
 
+    @property
+    def kv_recent_bytes(self) -> int | None:
+        spec = self.model.spec
+        return None if self.kv is None else self.kv.recent_bytes(spec.num_key_value_heads, spec.head_dim)
+
     @torch.inference_mode()
     def window_logits(self, tokens: Tokens, first: int = 0) -> Logits:
         ids = torch.from_numpy(tokens).long()[None]  # [1, T]
-        hidden = self.hidden_states(ids)[0, first:]  # [T - first, hidden]
+        caches = None if self.kv is None else new_quantized_cache(self.kv)
+        hidden = self.model.hidden_states(ids, caches)[0, first:]  # [T - first, hidden]
         logits: Logits = self.model.head(hidden).numpy()
         return logits
-
-    def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
-        """Final-norm outputs [1, T, hidden]. A residual window moves on in steps of its own length."""
-        if self.kv is None:
-            return self.model.hidden_states(ids)
-        caches = new_quantized_cache(self.kv)
-        for cache in caches:
-            cache.prompt = ids.shape[1]
-        pieces = ids.split(self.kv.residual or ids.shape[1], dim=1)
-        return torch.cat([self.model.hidden_states(piece, caches) for piece in pieces], dim=1)
 
 
 def kv_cache_spec(checkpoint: Checkpoint, name: str) -> KVCacheSpec:
@@ -78,4 +74,4 @@ def kv_cache_spec(checkpoint: Checkpoint, name: str) -> KVCacheSpec:
         path = Path(name) if Path(name).is_file() else stored
         found, _ = read_kv_file(path, spec.num_hidden_layers, spec.num_key_value_heads, spec.head_dim)
         return found if name not in ("int8", "int4") else found.with_bits(int(name[3:]))
-    return uncalibrated(name, [key_bias(checkpoint, layer) for layer in range(spec.num_hidden_layers)])
+    return weights_layout(checkpoint, name)

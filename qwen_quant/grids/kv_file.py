@@ -16,7 +16,7 @@ import numpy as np
 from qwen_quant.errors import CheckpointError, FormatError
 from qwen_quant.files import atomic_file
 from qwen_quant.grids.kv import Half, KVGrid, TokenGroups
-from qwen_quant.grids.kv_layout import KVCacheSpec, KVLayer, KVLayout
+from qwen_quant.grids.kv_layout import RECENT, KVCacheSpec, KVLayer, KVLayout
 from qwen_quant.safetensors import Planned, SafetensorsFile, SafetensorsWriter, storage_dtype
 
 FILE_NAME = "kv_cache.safetensors"  # within a checkpoint folder
@@ -64,7 +64,8 @@ def from_arrays(name: str, arrays: Mapping[str, np.ndarray]) -> KVCacheSpec:
                 )
             )
         halves.append(layouts)
-    return KVCacheSpec(name, tuple(KVLayer(keys, values) for keys, values in zip(*halves, strict=True)))
+    layers = tuple(KVLayer(keys, values) for keys, values in zip(*halves, strict=True))
+    return KVCacheSpec(name, layers, RECENT)
 
 
 def write_kv_file(

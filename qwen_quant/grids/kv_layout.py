@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qwen_quant.errors import UsageError
-from qwen_quant.grids.base import Array
+from qwen_quant.grids.base import Array, namespace
 from qwen_quant.grids.kv import (
     ChannelGroups,
     Half,
@@ -32,6 +32,7 @@ from qwen_quant.grids.kv import (
     hadamard,
 )
 
+RECENT = 32  # positions in a stretch; int8 and int4 caches show a token its own stretch in FP16
 NAMES = ("f16", "int8", "int4", "kivi4", "qwen1")  # layouts that need no calibration
 
 
@@ -74,16 +75,27 @@ class KVLayer:
 
 @dataclass(frozen=True)
 class KVCacheSpec:
-    """The cache of a model. The latest `residual` tokens stay in FP16 until others follow."""
+    """The cache of a model.
+
+    Positions are counted in stretches of `residual`: a token sees its own stretch in FP16, and earlier ones as they are
+    stored. So what it sees follows from its position, not from how many tokens were read at a time.
+    """
 
     name: str
     layers: tuple[KVLayer, ...]
     residual: int = 0
 
     def bytes_per_token(self, n_kv_heads: int, head_dim: int) -> float:
-        """Bytes that a token adds to the cache, scales included; of the residual window not counted."""
+        """Bytes that a token adds to the cache, scales included."""
         values = 2 * n_kv_heads * head_dim
         return sum(layer.bits_per_value(head_dim) for layer in self.layers) * values / 8
+
+    def recent_bytes(self, n_kv_heads: int, head_dim: int) -> int:
+        """Bytes of what is kept in FP16 beside that, whatever the context: two stretches, so that tokens can be taken
+        back."""
+        halves = [half for layer in self.layers for half in (layer.keys, layer.values)]
+        quantized = sum(not isinstance(half.grid, Half) for half in halves)
+        return 2 * self.residual * quantized * n_kv_heads * head_dim * 2
 
     def with_bits(self, bits: int) -> KVCacheSpec:
         """The same changes of basis with every vector at `bits`."""
@@ -94,13 +106,24 @@ class KVCacheSpec:
         return replace(self, name=grid.name, layers=tuple(layers))
 
 
-def uncalibrated(name: str, key_biases: Sequence[Array | None]) -> KVCacheSpec:
-    """The layout `name` for a model whose layers have these key biases [n_kv_heads, head_dim] (None: none).
+def balance(seen: Array, stored: Array) -> Array:
+    """What channels are multiplied by [n_kv_heads, head_dim], from the mean squares of what they meet and their own.
 
-    `int8` and `int4` take the bias out, `int4` rotates too; `kivi4` and `qwen1` are what others do. Raises UsageError
-    for a name that is not in NAMES.
+    sqrt(sqrt(seen / stored)), but for a factor that leaves the stored mean square 1.
     """
-    n_layers = len(key_biases)
+    xp = namespace(seen)
+    floors = [1e-6 * xp.clip(xp.mean(x, axis=-1, keepdims=True), 1e-20, None) for x in (seen, stored)]
+    factors = xp.sqrt(xp.sqrt((seen + floors[0]) / (stored + floors[1])))
+    return factors / xp.sqrt(xp.mean(factors * factors * stored + floors[1], axis=-1, keepdims=True))
+
+
+def uncalibrated(name: str, bases: Sequence[KVLayer | None]) -> KVCacheSpec:
+    """The layout `name` for a model of so many layers.
+
+    `int8` and `int4` take centres and balances from `bases` (None: none), `int4` rotates too; `kivi4` and `qwen1` are
+    what others do. Raises UsageError for a name that is not in NAMES.
+    """
+    n_layers = len(bases)
     if name == "f16":
         return KVCacheSpec(name, (KVLayer(KVLayout(Half()), KVLayout(Half())),) * n_layers)
     if name == "qwen1":
@@ -110,10 +133,12 @@ def uncalibrated(name: str, key_biases: Sequence[Array | None]) -> KVCacheSpec:
         return KVCacheSpec(name, (pair,) * n_layers, residual=ChannelGroups.tokens_per_group)
     if name in ("int8", "int4"):
         grid, rotated = TokenGroups(int(name[3:])), name == "int4"
-        values = KVLayout(grid, hadamard=rotated)
-        return KVCacheSpec(
-            name, tuple(KVLayer(KVLayout(grid, bias, hadamard=rotated), values) for bias in key_biases)
+        plain = KVLayer(KVLayout(grid), KVLayout(grid))
+        layers = (
+            KVLayer(*(replace(half, grid=grid, hadamard=rotated) for half in (basis.keys, basis.values)))
+            for basis in (basis or plain for basis in bases)
         )
+        return KVCacheSpec(name, tuple(layers), RECENT)
     raise UsageError(
         f"--kv-cache {name}: unknown; choose {', '.join(NAMES)}, auto, or a file of `qwen-quant kv`"
     )

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwen_quant.model import dual_chunk
-from qwen_quant.model.cache import KVCache
+from qwen_quant.model.cache import KVCache, split_at_stretches
 from qwen_quant.model.mlp import MLP, SparseMLP
 from qwen_quant.spec import ModelSpec
 
@@ -222,6 +222,10 @@ class Model(nn.Module):
 
     def hidden_states(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """Final-norm outputs [batch, seq, hidden] of tokens [batch, seq], after what `caches` hold."""
+        pieces = split_at_stretches(tokens, caches) if caches else [tokens]
+        return torch.cat([self._hidden_states(piece, caches) for piece in pieces], dim=1)
+
+    def _hidden_states(self, tokens: Tensor, caches: list[KVCache] | None) -> Tensor:
         past = 0 if caches is None else caches[0].length
         embedding, layers, norm = self.parts()
         hidden = embedding(tokens)

@@ -21,7 +21,7 @@ from torch import Tensor
 from qwen_quant import _core
 from qwen_quant.grids.base import AffineGrid, Scales, Sums
 
-SWEEPS = 2  # over all blocks
+SWEEPS = 1  # over all blocks; a second one lowers the loss further, but not the divergence on other text
 STEPS = 2  # of scales and codes in turn, in each block
 WIDEST = 256  # columns of a block
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import UsageError
 from qwen_quant.grids.kv import Half, TokenGroups
-from qwen_quant.grids.kv_layout import KVCacheSpec, KVLayer, KVLayout
+from qwen_quant.grids.kv_layout import RECENT, KVCacheSpec, KVLayer, KVLayout, balance
 from qwen_quant.model import DecoderLayer, Model, load_model
 from qwen_quant.model.kv_cache import QuantizedKVCache, new_quantized_cache
 from qwen_quant.model.transformer import causal_attention, rotate
 from qwen_quant.progress import progress
+from qwen_quant.quantize.kv_weights import key_bias, key_spread
 
 AUTO_BUDGET = 4.8  # bits per number, 0.3 of FP16
 DANGEROUS = 4.0  # a key bias this many times as long as what an input adds to a key drowns it in 4 bits
@@ -59,31 +60,13 @@ class KVCalibration:
     kld: float = 0.0
 
 
-def key_bias(checkpoint: Checkpoint, layer: int) -> np.ndarray | None:
-    """The key bias of a layer [n_kv_heads, head_dim], None without one."""
-    spec = checkpoint.spec
-    if not spec.qkv_bias:
-        return None
-    return _keys_of(checkpoint, layer, "bias").reshape(spec.num_key_value_heads, spec.head_dim)
-
-
-def _keys_of(checkpoint: Checkpoint, layer: int, parameter: str) -> np.ndarray:
-    """The keys' rows of a layer's projection: its `weight` or `bias`."""
-    spec = checkpoint.spec
-    names = spec.names.qkv
-    value = checkpoint.read(f"{spec.names.layer(layer)}{names[1 if len(names) == 3 else 0]}.{parameter}")
-    return value if len(names) == 3 else value[spec.q_size : spec.q_size + spec.kv_size]
-
-
 def inspect(checkpoint: Checkpoint) -> list[LayerReport]:
     """What the weights alone tell of each layer's keys."""
     spec, reports = checkpoint.spec, []
     for layer in range(spec.num_hidden_layers):
         bias = key_bias(checkpoint, layer)
-        norm = checkpoint.read(f"{spec.names.layer(layer)}{spec.names.attention_norm}.weight")
-        # An RMS norm leaves channels of mean square 1, taken as independent.
-        spread = float(np.linalg.norm(_keys_of(checkpoint, layer, "weight") * norm))
-        reports.append(LayerReport(layer, 0.0 if bias is None else float(np.linalg.norm(bias)), spread))
+        norm = 0.0 if bias is None else float(np.linalg.norm(bias))
+        reports.append(LayerReport(layer, norm, key_spread(checkpoint, layer)))
     return reports
 
 
@@ -108,10 +91,10 @@ def calibrate_kv(
     reports = inspect(checkpoint)
     layers = []
     with progress("KV cache", 3 * spec.num_hidden_layers) as advance:
-        for report, (layer, x, table) in zip(reports, _layer_inputs(model, tokens), strict=True):
+        for report, (layer, x, table) in zip(reports, layer_inputs(model, tokens), strict=True):
             layers.append(_choose_layouts(layer, x, table, report))
             advance(1, f"layer {report.layer}")
-        chosen = KVCacheSpec("auto", tuple(layers))
+        chosen = KVCacheSpec("auto", tuple(layers), RECENT)
         plain = _log_probs(model, tokens, None)
         for index, report in enumerate(reports):
             report.key_kld = _kld(plain, model, tokens, _only(chosen, index, keys=True))
@@ -127,7 +110,7 @@ def calibrate_kv(
     return KVCalibration(chosen, reports, _kld(plain, model, tokens, chosen))
 
 
-def _layer_inputs(
+def layer_inputs(
     model: Model, tokens: Tensor
 ) -> Iterator[tuple[DecoderLayer, Tensor, tuple[Tensor, Tensor]]]:
     """Each layer with what its attention reads [samples, seq, hidden], and the rotary tables."""
@@ -154,10 +137,10 @@ def _choose_layouts(
     report.key_centred = int((centre != 0).sum()) // 2
     left = turned - rotate(centre[:, None], near)
     seen = rotate(queries, near).unflatten(1, (keys.shape[1], -1)).square().mean((0, 2, 3))
-    key_balance = _balance(seen, left.square().mean((0, 2)))
+    key_balance = balance(seen, left.square().mean((0, 2)))
     value_centre = values.mean((0, 2))
     spread = (values - value_centre[:, None]).square().mean((0, 2))
-    value_balance = _balance(_output_gain(layer, keys.shape[1]), spread)
+    value_balance = balance(_output_gain(layer, keys.shape[1]), spread)
 
     key_layouts = [KVLayout(TokenGroups(4), centre, b, h) for b in (None, key_balance) for h in (False, True)]
     report.key_error, key_layout = min(
@@ -180,13 +163,6 @@ def _pair_centre(keys: Tensor) -> Tensor:
     half = mean.shape[-1] // 2
     heavy = mean.square().unflatten(-1, (2, half)).sum(-2) > spread.unflatten(-1, (2, half)).sum(-2)
     return mean * torch.cat((heavy, heavy), dim=-1)
-
-
-def _balance(seen: Tensor, stored: Tensor) -> Tensor:
-    """What channels are multiplied by [n_kv_heads, head_dim]: sqrt(sqrt(seen / stored)), the stored mean square 1."""
-    floor = 1e-6 * stored.mean(-1, keepdim=True).clamp(min=1e-20)
-    balance = ((seen + 1e-6 * seen.mean(-1, keepdim=True)) / (stored + floor)).sqrt().sqrt()
-    return balance / (balance.square() * stored + floor).mean(-1, keepdim=True).sqrt()
 
 
 def _output_gain(layer: DecoderLayer, n_kv_heads: int) -> Tensor:

@@ -36,7 +36,8 @@ OVERHEAD = 300 << 20
 
 @dataclass(frozen=True)
 class Plan:
-    """A run: its tensors, its layers and what lies outside them. `base` is what the process holds anyhow."""
+    """A run: its tensors, its layers and what lies outside them, and what is done `beside` (plan_beside.py). `base`
+    is what the process holds anyhow."""
 
     tensors: tuple[StoredTensor, ...]
     layers: tuple[LayerPlan, ...]
@@ -45,6 +46,7 @@ class Plan:
     base: float
     keep_activations: bool = True
     hidden_states: float = 0
+    beside: tuple[Stage, ...] = ()
 
     @property
     def output_bytes(self) -> int:
@@ -52,12 +54,17 @@ class Plan:
 
     @property
     def worst(self) -> Stage:
-        return max((self.outer, *(layer.worst for layer in self.layers)), key=lambda stage: stage.nbytes)
+        stages = (self.outer, *self.beside, *(layer.worst for layer in self.layers))
+        return max(stages, key=lambda stage: stage.nbytes)
 
     @property
     def peak(self) -> float:
         """Resident memory at the worst moment, bytes."""
-        return self.base + OVERHEAD + self.worst.nbytes
+        return self.resident(self.worst)
+
+    def resident(self, stage: Stage) -> float:
+        """Resident memory at `stage`, bytes."""
+        return self.base + OVERHEAD + stage.nbytes
 
     @property
     def work(self) -> Work:
@@ -70,6 +77,7 @@ def plan_run(
     recipe: Recipe | None,
     base: float = 0.0,
     keep_activations: bool = True,
+    beside: tuple[Stage, ...] = (),
 ) -> Plan:
     """The plan of a run that writes `tensors`; without a `recipe` nothing is quantized, only copied."""
     by_layer: dict[int, list[StoredTensor]] = {}
@@ -92,6 +100,7 @@ def plan_run(
         base,
         keep_activations,
         FLOAT * tokens * spec.hidden_size,
+        beside,
     )
 
 
@@ -100,11 +109,15 @@ def fit(plan: Plan, spec: ModelSpec, recipe: Recipe | None, max_ram: int, model:
     at most `max_ram` bytes."""
     if plan.peak <= max_ram:
         return plan
+    for stage in plan.beside:
+        if plan.resident(stage) > max_ram:
+            need = f"{stage.name} needs about {size(plan.resident(stage))}, --max-ram is {size(max_ram)}"
+            raise ResourceError(f"{model}: {need}; {stage.remedy}")
 
     def with_samples(count: int) -> Plan:
         assert recipe is not None
         less = replace(recipe, num_samples=count)
-        return plan_run(spec, list(plan.tensors), less, plan.base, keep_activations=False)
+        return plan_run(spec, list(plan.tensors), less, plan.base, keep_activations=False, beside=plan.beside)
 
     calibrated = recipe is not None and recipe.calibrate
     if recipe is not None and calibrated:

@@ -59,10 +59,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Stage:
-    """A point in the run at which memory peaks, `nbytes` above what the process began with."""
+    """A point in the run at which memory peaks, `nbytes` above what the process began with; `remedy` is what avoids
+    it, where it is no part of quantizing itself."""
 
     name: str
     nbytes: float
+    remedy: str = ""
 
 
 @dataclass(frozen=True)

@@ -164,10 +164,8 @@ class _Team:
             kinds, report = [header.kind for header in headers], (WAITING, None)
             if kinds[0] == END:
                 return
-            if (
-                kinds[0] != CALL or FAILED in kinds
-            ):  # rank 0 has heard of a failure, and will come back or end
-                headers = None
+            if kinds[0] != CALL or FAILED in kinds:
+                headers = None  # rank 0 has heard of a failure, and will call again or end
                 continue
             [(function, arguments)] = self.receive(headers, [0])
             headers, _together = None, self

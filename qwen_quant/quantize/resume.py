@@ -2,7 +2,8 @@
 
 One safetensors file per decoder layer holds its codes and scales, and in its metadata the reports and three hashes:
 of the recipe, of the hidden states that entered the layer (so of the data and all earlier layers), and of the
-layer's full-precision weights. A layer is taken from disk only when all three are what they are now.
+layer's full-precision weights. A layer is taken from disk only when all three are what they are now. The losses that
+were measured for a budget are kept beside the layers in the same way.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Fingerprint = dict[str, str]
+Losses = dict[str, dict[str, float]]  # nats, by tensor and grid
 INPUTS, WEIGHTS, RECIPE = "calibration data", "weights", "recipe"
 
 
 def fingerprint(
     hidden: Tensor, weights: Iterable[tuple[str, np.ndarray]], recipe: Mapping[str, Any]
 ) -> Fingerprint:
-    """Hashes of all that decides how a layer is quantized: hidden states [samples, seq, hidden], its `weights` by
-    name, recipe."""
+    """Hashes of all that decides a result: hidden states [samples, seq, hidden] or what else went in, the `weights`
+    by name, recipe."""
     digest = hashlib.sha256()
     for name, value in weights:
         digest.update(name.encode())
@@ -86,12 +88,7 @@ class LayerStore:
         if not path.exists():
             return None
         file = SafetensorsFile(path)
-        kept = json.loads(file.metadata.get("marks", "{}"))
-        changed = [what for what in (RECIPE, INPUTS, WEIGHTS) if kept.get(what) != marks[what]]
-        if changed:
-            raise CalibrationError(
-                f"{self.folder}: was begun with another {changed[0]}; run without --resume to start again"
-            )
+        self._check(json.loads(file.metadata.get("marks", "{}")), marks)
         parts = json.loads(file.metadata.get("parts", "{}"))
         result = QuantizedLayer(layer, seconds=sum(parts.values()), parts=parts)
         result.reports = [LinearReport(**fields) for fields in json.loads(file.metadata["reports"])]
@@ -104,6 +101,30 @@ class LayerStore:
                 file.read_raw(index) if index in file.entries else None,
             )
         return result
+
+    def _check(self, kept: Mapping[str, str], marks: Fingerprint) -> None:
+        changed = [what for what in (RECIPE, INPUTS, WEIGHTS) if kept.get(what) != marks[what]]
+        if changed:
+            raise CalibrationError(
+                f"{self.folder}: was begun with another {changed[0]}; run without --resume to start again"
+            )
+
+    @property
+    def _losses(self) -> Path:
+        return self.folder / "losses.json"
+
+    def save_losses(self, losses: Losses, marks: Fingerprint) -> None:
+        """Keep what was measured for a budget."""
+        with atomic_file(self._losses) as path:
+            path.write_text(json.dumps({"marks": marks, "losses": losses}), encoding="utf-8")
+
+    def load_losses(self, marks: Fingerprint) -> Losses | None:
+        """What was kept, None when nothing was. Raises as `load`."""
+        if not self._losses.exists():
+            return None
+        found = json.loads(self._losses.read_text(encoding="utf-8"))
+        self._check(found["marks"], marks)
+        return dict(found["losses"])
 
     def discard(self) -> None:
         """Remove what was kept."""

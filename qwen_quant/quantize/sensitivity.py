@@ -27,27 +27,39 @@ from qwen_quant.quantize.layer_run import LayerRun
 from qwen_quant.quantize.outer import final_moments, tied_hessian
 from qwen_quant.quantize.ranks import each_on_its_rank, joined
 from qwen_quant.quantize.recipe import Recipe
+from qwen_quant.quantize.resume import Fingerprint, LayerStore, Losses, fingerprint
 from qwen_quant.quantize.stream import embedded, pick_device
 from qwen_quant.spec import TensorInfo
 
 Menu = Callable[[TensorInfo], Sequence[AffineGrid]]  # the grids that a tensor may lie on
-Losses = dict[str, dict[str, float]]  # nats, by tensor and grid
 
 ROWS = 128  # of each matrix that are solved
 GRADIENT_TOKENS = 4096
 HESSIAN_TOKENS = 16384
 
 
-def measure_losses(checkpoint: Checkpoint, menu: Menu, windows: np.ndarray, recipe: Recipe) -> Losses:
-    """The loss of every matrix for which `menu` has grids, calibrated on some of windows [samples, seq_len]."""
-    with joined(
-        _follow,
-        checkpoint.folder,
-        {info.name: menu(info) for info in checkpoint.spec.tensors()},
-        windows,
-        recipe,
-    ):
-        return _measured(checkpoint, menu, windows, recipe)
+def measure_losses(
+    checkpoint: Checkpoint, menu: Menu, windows: np.ndarray, recipe: Recipe, store: LayerStore | None = None
+) -> Losses:
+    """The loss of every matrix for which `menu` has grids, calibrated on some of windows [samples, seq_len].
+
+    They are kept in `store`, and taken from it when it has them. Raises CalibrationError when `store` belongs to
+    another run, or when activations are not finite.
+    """
+    menus = {info.name: menu(info) for info in checkpoint.spec.tensors()}
+    marks: Fingerprint = {}
+    if store is not None:
+        grids = {name: [grid.name for grid in mine] for name, mine in menus.items()}
+        weights = ((name, part) for name in menus for part in checkpoint.source.raw_chunks(name))
+        marks = fingerprint(torch.from_numpy(windows), weights, recipe.record() | grids)
+        kept = store.load_losses(marks)
+        if kept is not None:
+            return kept
+    with joined(_follow, checkpoint.folder, menus, windows, recipe):
+        losses = _measured(checkpoint, menu, windows, recipe)
+    if store is not None:
+        store.save_losses(losses, marks)
+    return losses
 
 
 def _follow(

@@ -36,7 +36,10 @@ def pick_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {device}: not available here ({reason}); use --device cpu") from None
-    return torch.device(device)
+    found = torch.device(device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)  # where what other ranks send arrives
+    return found
 
 
 def require_full_precision(checkpoint: Checkpoint) -> None:

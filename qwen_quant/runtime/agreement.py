@@ -24,10 +24,10 @@ def check_greedy(session: Session, scalar: Session, prompt: Sequence[int], n_tok
     session.reset()
     tokens = list(session.generate(prompt, n_tokens))
     context = [*prompt, *tokens[:-1]]
-    expected = scalar.logits(context)[len(prompt) - 1 :]  # [n_tokens, V]
+    expected = scalar.logits(context, len(prompt) - 1)  # [n_tokens, V]
     spread = expected.std(axis=1)
     gaps = (expected.max(axis=1) - expected[np.arange(len(tokens)), tokens]) / spread
-    differences = session.logits(context)[len(prompt) - 1 :] - expected
+    differences = session.logits(context, len(prompt) - 1) - expected
     typical = float(np.median(np.sqrt(np.mean(differences**2, axis=1)) / spread))
     found = None
     if gaps.max() > NEAR_TIE:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_quant.chat_parsing import THINK, AnswerParser, ParsedAnswer, Piece
 from qwen_quant.errors import QwenQuantError
+from qwen_quant.runtime.samples import Sample, complete_samples
 from qwen_quant.runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -97,10 +98,7 @@ class Conversation:
         self.messages += new_messages
         self.completion = None
         try:
-            ids = self.session.tokenizer.apply_chat_template(
-                self.messages, enable_thinking=self.thinking, tools=self.tools
-            )
-            yield from self._answer(ids, max_tokens)
+            yield from self._answer(self._ids(), max_tokens)
         finally:
             made = self.completion
             if made is not None and (made.tokens or made.stop != "interrupted"):
@@ -108,14 +106,32 @@ class Conversation:
             else:
                 del self.messages[n_messages:]
 
-    def _answer(self, ids: list[int], max_tokens: int | None) -> Iterator[Piece]:
+    def samples(self, count: int, max_tokens: int) -> tuple[list[int], list[tuple[Sample, AnswerParser]]]:
+        """The prompt's ids, and `count` answers to the messages so far, each with the parser that is to read it;
+        none of them is added. Raises as `ask` and `complete_samples` do."""
+        ids = self._ids()
+        parsers = [self._parser(ids) for _ in range(count)]
+        answers = complete_samples(self.session, ids, count, max_tokens, self.sampling, self.session.eos_ids)
+        return ids, list(zip(answers, parsers, strict=True))
+
+    def _ids(self) -> list[int]:
+        return self.session.tokenizer.apply_chat_template(
+            self.messages, enable_thinking=self.thinking, tools=self.tools
+        )
+
+    def _parser(self, ids: Sequence[int]) -> AnswerParser:
+        """For an answer to a prompt, which has to leave room for it."""
         session = self.session
         if len(ids) >= session.n_ctx:
             raise QwenQuantError(
                 f"{session.file.path}: the conversation has {len(ids)} tokens and leaves no room in the context "
                 f"of {session.n_ctx}; start a new one or shorten it"
             )
-        parser = AnswerParser(in_reasoning=self._opens_thinking(ids), tools=self.tools is not None)
+        return AnswerParser(in_reasoning=self._opens_thinking(ids), tools=self.tools is not None)
+
+    def _answer(self, ids: list[int], max_tokens: int | None) -> Iterator[Piece]:
+        session = self.session
+        parser = self._parser(ids)
         self.answer = parser.answer
         self.completion = Completion(session, ids, max_tokens, self.sampling, session.eos_ids)
         try:

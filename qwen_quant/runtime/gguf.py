@@ -36,13 +36,13 @@ class TensorInfo:
 
 
 class GGUFFile:
-    """A memory-mapped GGUF file, version 2 or 3, checked from end to end when it is opened.
+    """A memory-mapped GGUF file, version 2 or 3, checked from end to end when it is opened, unless it is already.
 
     Raises FormatError when the file is missing, cut or damaged.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.core = _core.GGUF(path)
+    def __init__(self, path: str | os.PathLike[str] | _core.GGUF) -> None:
+        self.core = path if isinstance(path, _core.GGUF) else _core.GGUF(path)
         self.path = self.core.path
         self.tensors = {info[0]: TensorInfo(*info) for info in self.core.tensors()}
 
@@ -58,9 +58,13 @@ class GGUFFile:
         return Tokenizer.from_gguf(self.metadata, self.path)
 
     def end_ids(self) -> frozenset[int]:
-        """Every id that ends a turn: those the metadata names, and ChatML's where the vocabulary has them."""
+        """Every id that ends a turn: those the metadata names, and ChatML's where the vocabulary has them.
+
+        GGUF's own keys have room for one id each; a checkpoint may have more, which our exporter lists.
+        """
         metadata = self.metadata
         ids = {metadata.get(f"tokenizer.ggml.{key}") for key in END_OF_TURN_KEYS}
+        ids.update(metadata.get("qwen_quant.eos_token_ids", []))
         tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
         ids |= {tokens.index(token) for token in END_OF_TURN_TOKENS if token in tokens}
         return frozenset(int(i) for i in ids if i is not None)

@@ -25,7 +25,12 @@ GENAI = "genai_config.json"
 LAST_ONLY = "num_logits_to_keep"
 CHUNK = 256  # tokens of a prompt that run at once: Ctrl-C is seen in between, and all logits of a chunk fit
 FIRST_CAPACITY = 512  # positions of a shared buffer at first; it doubles when they are used up
-_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+}
 
 
 def is_onnx_folder(path: Path) -> bool:
@@ -96,6 +101,10 @@ class OnnxEngine:
             name: (value.shape[1], value.shape[3], _DTYPES[value.type]) for name, value in caches.items()
         }
         self._cache = cache(shapes, self.n_ctx)
+        self.kv_bytes_per_token = float(
+            sum(h * size * np.dtype(kind).itemsize for h, size, kind in shapes.values())
+        )
+        self.kv_recent_bytes = 0
 
     def _logits(self, folder: OnnxFolder) -> tuple[int, Any]:
         """Rows of the head, and the type of what it puts out."""
@@ -118,10 +127,14 @@ class OnnxEngine:
         self._cache.truncate(n_tokens)
         self.n_past = n_tokens
 
+    def exact_past(self, n_tokens: int) -> int:
+        """As the C++ engine's: nothing is lost by truncating."""
+        return n_tokens
+
     def forward(
-        self, tokens: npt.NDArray[np.int32], n_past: int, all_logits: bool = False
+        self, tokens: npt.NDArray[np.int32], n_past: int, n_logits: int = 1
     ) -> npt.NDArray[np.float32]:
-        """Logits [V] after `tokens` [T], which follow the first `n_past` of the context; [T, V] with `all_logits`.
+        """Logits [n_logits, V] after the last of `tokens` [T], which follow the first `n_past` of the context.
 
         Raises QwenQuantError when the context is full or an id is outside the vocabulary.
         """
@@ -132,13 +145,16 @@ class OnnxEngine:
                 f"{len(tokens)} tokens after {n_past} do not fit into the context of {self.n_ctx}"
             )
         self.truncate(n_past)
-        found = np.empty((len(tokens) if all_logits else 1, self.n_vocab), dtype=np.float32)
+        found = np.empty((n_logits, self.n_vocab), dtype=np.float32)
+        first = len(tokens) - n_logits  # whose logits are kept
         for start in range(0, len(tokens), CHUNK):
             chunk = tokens[start : start + CHUNK]
-            keep = len(chunk) if all_logits else 1
-            rows = found[start : start + keep] if all_logits else found
-            rows[:] = self._run(chunk, keep)[-keep:]
-        return found if all_logits else found[0]
+            end = start + len(chunk)
+            keep = max(end - max(start, first), 0)
+            logits = self._run(chunk, max(keep, 1))
+            if keep:
+                found[end - keep - first : end - first] = logits[-keep:]
+        return found
 
     def _run(self, tokens: npt.NDArray[np.int32], keep: int) -> npt.NDArray[Any]:
         """Logits of at least the last `keep` of `tokens` [T], which join the context."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +50,10 @@ class Sampler:
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
-        self._random = np.random.default_rng(params.seed)
+
+    @cached_property
+    def _random(self) -> np.random.Generator:
+        return np.random.default_rng(self.params.seed)
 
     def sample(self, logits: npt.NDArray[np.float32], history: Sequence[int] = ()) -> int:
         """The next token for `logits` [V]; `history` is what the repetition penalty looks at."""

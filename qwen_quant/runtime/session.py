@@ -16,6 +16,7 @@ import numpy.typing as npt
 from qwen_quant import _core
 from qwen_quant.errors import QwenQuantError, UsageError
 from qwen_quant.runtime.gguf import GGUFFile
+from qwen_quant.runtime.loading import Loading
 from qwen_quant.runtime.lookup import LookupSteps
 from qwen_quant.runtime.onnx import OnnxEngine, OnnxFolder, is_onnx_folder
 from qwen_quant.runtime.sampling import Sampler, SamplingParams
@@ -57,9 +58,9 @@ class Session:
     called when `generate` has read its prompt.
     """
 
-    def __init__(self, file: GGUFFile | OnnxFolder, engine: _core.Engine | OnnxEngine) -> None:
+    def __init__(self, file: GGUFFile | OnnxFolder, engine: _core.Engine | OnnxEngine | Loading) -> None:
         self.file = file
-        self.engine = engine
+        self._engine = engine
         self.draft_max = 0
         self.after_prompt: Callable[[], None] | None = None
         self.timings = Timings()
@@ -93,6 +94,19 @@ class Session:
         file = GGUFFile(path)
         engine = _core.Engine(file.core, n_threads or 0, isa, n_ctx or 0, cache_type_k, cache_type_v)
         return cls(file, engine)
+
+    @classmethod
+    def of(cls, loading: Loading) -> Session:
+        """The session of a GGUF file whose weights may still be loading. `engine` waits for them, and so does what
+        needs it: errors come there."""
+        return cls(GGUFFile(loading.core), loading)
+
+    @property
+    def engine(self) -> _core.Engine | OnnxEngine:
+        """What computes."""
+        if isinstance(self._engine, Loading):
+            self._engine = self._engine.engine()
+        return self._engine
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -135,7 +149,11 @@ class Session:
         self._tokens.clear()
 
     def truncate(self, n_tokens: int) -> None:
-        """Keeps the first `n_tokens` of the context. Raises QwenQuantError when it holds fewer."""
+        """Keeps the first `n_tokens` of the context. Raises QwenQuantError when it holds fewer.
+
+        Far back in a quantized cache the tokens before the new end are left in few bits, where they would be read in
+        FP16; `keep_shared` avoids that.
+        """
         self.engine.truncate(n_tokens)
         del self._tokens[n_tokens:]
 
@@ -157,13 +175,15 @@ class Session:
     def keep_shared(self, tokens: Sequence[int]) -> Sequence[int]:
         """Keeps what the context and `tokens` begin with alike; returns the rest, which is to be prefilled.
 
-        The rest has at least one token, because the logits that follow it are not kept.
+        The rest has at least one token, because the logits that follow it are not kept. A quantized cache may go back
+        exactly to a little less only, and then the rest has some tokens more.
         """
         limit = max(min(len(self._tokens), len(tokens) - 1), 0)
         pairs = zip(self._tokens[:limit], tokens, strict=False)
         shared = next((i for i, (old, new) in enumerate(pairs) if old != new), limit)
-        self.truncate(shared)
-        return tokens[shared:]
+        kept = self.engine.exact_past(shared)
+        self.truncate(kept)
+        return tokens[kept:]
 
     def prefill(self, tokens: Sequence[int] | npt.NDArray[Any]) -> Logits:
         """Appends tokens to the context; logits [V] of the last.
@@ -171,16 +191,17 @@ class Session:
         Raises QwenQuantError when there are none, an id is outside the vocabulary, or the context is full.
         Ctrl-C is seen between chunks of 256 tokens.
         """
-        return self._forward(as_token_ids(tokens), all_logits=False)
+        return self._forward(as_token_ids(tokens), n_logits=1)[0]
 
     def extend(self, tokens: Sequence[int] | npt.NDArray[Any]) -> Logits:
         """Appends tokens [T] to the context; logits [T, V] of what follows each. Raises as `prefill` does."""
-        return self._forward(as_token_ids(tokens), all_logits=True)
+        ids = as_token_ids(tokens)
+        return self._forward(ids, n_logits=len(ids))
 
-    def _forward(self, ids: npt.NDArray[np.int32], all_logits: bool) -> Logits:
+    def _forward(self, ids: npt.NDArray[np.int32], n_logits: int) -> Logits:
         n_past = self.engine.n_past
         try:
-            return self.engine.forward(ids, n_past, all_logits)
+            return self.engine.forward(ids, n_past, n_logits)
         finally:  # an interrupted prompt has been read in part
             self._tokens[n_past:] = ids[: self.engine.n_past - n_past].tolist()
 
@@ -188,11 +209,19 @@ class Session:
         """Appends one token to the context; logits [V] of what follows it. Raises as `prefill` does."""
         return self.prefill((token,))
 
-    def logits(self, tokens: Sequence[int] | npt.NDArray[Any]) -> Logits:
-        """Logits [T, V] at every position of `tokens` [T], in a fresh context. Raises as `prefill` does."""
+    def logits(self, tokens: Sequence[int] | npt.NDArray[Any], first: int = 0) -> Logits:
+        """Logits [T - first, V] at the positions of `tokens` [T] from `first` on, in a fresh context.
+
+        Raises as `prefill` does.
+        """
         ids = as_token_ids(tokens)
         self.truncate(0)
-        return self.extend(ids)
+        return self._forward(ids, n_logits=len(ids) - first)
+
+    def begin_timings(self, prompt_tokens: int) -> Timings:
+        """New `timings`, for an answer to so many tokens."""
+        self.timings = Timings(prompt_tokens=prompt_tokens)
+        return self.timings
 
     def generate(
         self,
@@ -207,17 +236,17 @@ class Session:
         they are the same ones. Afterwards, and while it runs, `timings` tells what it took. Raises as `prefill`
         does.
         """
-        if self.draft_max:
-            self.native("--lookup")
+        # What is drafted may have to be taken back.
+        draft_max = min(self.draft_max, self.native("--lookup").exact_rewind) if self.draft_max else 0
         sampler = Sampler(sampling or SamplingParams())
         history = [*self._tokens, *prompt_tokens]
-        self.timings = timings = Timings(prompt_tokens=len(prompt_tokens))
+        timings = self.begin_timings(len(prompt_tokens))
         start = time.perf_counter()
         logits = self.prefill(prompt_tokens)
         timings.pp_s = time.perf_counter() - start
         if self.after_prompt:
             self.after_prompt()
-        steps = LookupSteps(self, self.draft_max) if self.draft_max else None
+        steps = LookupSteps(self, draft_max) if draft_max else None
         try:
             for index in range(max_tokens):
                 start = time.perf_counter()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from qwen_quant.exporters.onnx_fused import FusedOps
+from qwen_quant.runtime.session import Session
 
 CALIBRATION = ["--num-samples", "4", "--seq-len", "64"]
 MEASURE = ["--ctx", "64", "--max-windows", "2", "--json"]
@@ -103,3 +104,15 @@ def test_options_that_cannot_be(
     assert outcome.code == code and word in outcome.err, outcome.err
     assert len(outcome.err.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_cache(cli: Callable, tmp_path: Path) -> None:
+    arguments = ["export", "reference", "--format", "onnx", "--type", "F32", "--seq-len", "64"]
+    target = tmp_path / "out"
+    done = cli(*arguments, "-o", target, "--kv-cache", "int8", "--json")
+    assert done.code == 0, done.err
+    assert done.json["check"]["kld_mean"] < 0.01
+    assert Session.open(target).engine.kv_bytes_per_token == 4 * 2 * 2 * 64
+    found = cli(*arguments, "-o", tmp_path / "other", "--kv-cache", "auto")
+    assert found.code == 2
+    assert "--kv-cache auto: ONNX's attention has int8 or int4 in all layers" in found.err

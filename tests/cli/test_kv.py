@@ -28,6 +28,7 @@ def test_it_is_small_and_says_what_it_chose(cli: Callable, tmp_path: Path) -> No
     path = tmp_path / "layout.safetensors"
     found = cli("kv", "reference", "-o", path, *FEW, "--json").json
     assert found["kv_bytes_per_token"] <= 0.30 * 4 * 2 * 2 * 64 * 2
+    assert found["kv_recent_bytes"] == 64 * 4 * 2 * 2 * 64 * 2
     assert found["kld"] < 0.05
     bits = [(layer["key_bits"], layer["value_bits"]) for layer in found["layers"]]
     costs = [cost for layer in found["layers"] for cost in (layer["key_kld"], layer["value_kld"])]
@@ -119,10 +120,12 @@ def test_layouts_are_measured_on_a_folder(cli: Callable) -> None:
 
 def test_needles_are_found_or_not(cli: Callable) -> None:
     arguments = ["eval", "reference", "--ctx", "128", "--max-windows", "1", "--needle", "--json"]
-    found = cli(*arguments).json["retrieval"]
-    assert list(found) == ["0", "0.25", "0.5", "0.75"]
-    assert all(0 <= share <= 1 for share in found.values())
-    assert cli(*arguments, "--kv-cache", "int8").json["retrieval"].keys() == found.keys()
+    found = cli(*arguments).json
+    assert list(found["retrieval"]) == list(found["retrieval_gain"]) == ["0", "0.25", "0.5", "0.75"]
+    assert all(0 <= share <= 1 for share in found["retrieval"].values())
+    assert all(gain > 0.2 for gain in found["retrieval_gain"].values())  # nats: it copies a little
+    rounded = cli(*arguments, "--kv-cache", "int8").json["retrieval_gain"]
+    assert list(rounded.values()) == pytest.approx(list(found["retrieval_gain"].values()), abs=0.05)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from qwen_quant.exporters.gptq import stored_tensors
 from qwen_quant.grids import IntGrid
 from qwen_quant.quantize import speed
 from qwen_quant.quantize.plan import plan_run
+from qwen_quant.quantize.plan_beside import measuring
 from qwen_quant.quantize.recipe import Recipe
 
 CALIBRATION = ["--num-samples", "4", "--seq-len", "64"]
@@ -99,3 +100,44 @@ def test_other_programs_do_not_change_the_estimate(monkeypatch: pytest.MonkeyPat
     loaded = speed.measure_speed(grids, cpu)
     assert torch.get_num_threads() == threads
     assert loaded.factor > quiet.factor / 3 and loaded.solved > quiet.solved / 3
+
+
+def test_measuring_losses_counts(cli: Callable, make_model: Callable, tmp_path: Path) -> None:
+    # 40 layers: gradients are taken of hidden states that are kept at each of them.
+    line = ["export", make_model(num_hidden_layers=40), "-o", tmp_path / "out", "--seq-len", "256"]
+    line += ["--num-samples", "16"]
+    whole = cli(*line, "--target-bpw", "6", "--max-ram", "1M")
+    assert (whole.code, whole.out, whole.err.count("\n")) == (1, "", 1)
+    assert "measuring losses, gradients of layer" in whole.err and "fix the types with --type" in whole.err
+    assert "measuring losses" not in cli(*line, "--type", "Q4_0", "--max-ram", "1M").err
+
+
+def test_the_check_of_a_folder_counts(cli: Callable, make_model: Callable, tmp_path: Path) -> None:
+    line = [
+        "export",
+        make_model(vocab_size=40_000),
+        "-o",
+        tmp_path / "out",
+        "--format",
+        "onnx",
+        "--type",
+        "int4",
+    ]
+    line += ["--group-size", "32", "--num-samples", "1", "--seq-len", "64", "--json"]
+    checked = cli(*line, "--dry-run").json
+    assert checked["worst_stage"] == "checking what was written"
+    least = cli(*line, "--dry-run", "--no-verify").json["peak_rss_mb"]
+    between = f"{(least + checked['peak_rss_mb']) / 2:.0f}M"
+    refused = cli(*line, "--max-ram", between)
+    assert refused.code == 1 and "--no-verify" in refused.err and refused.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@given(samples=st.integers(1, 300), seq_len=st.integers(2, 9000), more=st.integers(1, 300))
+@settings(max_examples=30, deadline=None)
+def test_measuring_never_needs_less(samples: int, seq_len: int, more: int, reference: Path) -> None:
+    checkpoint = Checkpoint(reference)
+    tensors = stored_tensors(checkpoint, IntGrid(4, 128))
+    recipe = Recipe(num_samples=samples, seq_len=seq_len)
+    need = measuring(checkpoint.spec, tensors, recipe).nbytes
+    assert measuring(checkpoint.spec, tensors, replace(recipe, num_samples=samples + more)).nbytes >= need

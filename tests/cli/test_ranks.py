@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from helpers.checkpoints import rewrite
 from helpers.ranks import PIECES, SABOTAGE, start
 
 from qwen_quant.quantize.ranks import each_on_its_rank, own_part, shares
@@ -22,7 +24,7 @@ MOE = {
     "architectures": ["Qwen2MoeForCausalLM"],
     "model_type": "qwen2_moe",
     "head_dim": None,
-    "num_experts": 6,
+    "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 96,
@@ -98,6 +100,19 @@ def test_a_mistake_is_told_once(make_model: Callable, tmp_path: Path) -> None:
     first, second = [rank.end() for rank in start(2, line, tmp_path / "ranks")]
     assert first[0] == 2 and first[2].count("\n") == 1
     assert second == (0, "", "")
+
+
+def test_what_all_find_is_told_once(make_model: Callable, tmp_path: Path) -> None:
+    """Each rank sees that activations are not finite, while results are handed round."""
+    folder = make_model()
+    large = np.random.default_rng(0).choice([-3e5, 3e5], (96, 64)).astype(np.float32)
+    changed = {f"model.layers.0.mlp.{name}.weight": large for name in ("gate_proj", "up_proj")}
+    changed["model.layers.0.post_attention_layernorm.weight"] = np.full(64, 1e14, dtype=np.float32)
+    rewrite(folder, changed)
+    line = [*GPTQ, str(folder), *CALIBRATION, "-o", str(tmp_path / "out")]
+    first, second = [rank.end() for rank in start(2, line, tmp_path / "ranks")]
+    assert first[0] == 1 and first[2].count("\n") == 1 and "down_proj: activations" in first[2]
+    assert second[1:] == ("", "")
 
 
 def test_what_was_interrupted_goes_on_alone(

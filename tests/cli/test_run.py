@@ -96,6 +96,41 @@ def test_sampling_repeats_with_its_seed(cli: Callable, gguf_file: Path) -> None:
     assert sample(1) != sample(2)
 
 
+def test_samples_are_the_answers_of_their_seeds(cli: Callable, gguf_file: Path, tokenizer: Tokenizer) -> None:
+    arguments = ["run", gguf_file, "-p", PROMPT, "--raw", "-n", "16", "--temperature", "1.5", "--seed"]
+    found = cli(*arguments, "3", "--samples", "3", "--json").json
+    assert found["prompt_tokens"] == len(tokenizer.encode(PROMPT))
+    for seed, sample in enumerate(found["samples"], start=3):
+        alone = cli(*arguments, seed, "--json").json
+        assert {key: alone[key] for key in sample} == sample
+        assert {"text", "tokens", "stop"} <= sample.keys()
+    printed = cli(*arguments, "3", "--samples", "3")
+    assert printed.code == 0
+    expected = (f"--- {i} of 3 ---\n{sample['text']}\n" for i, sample in enumerate(found["samples"], start=1))
+    assert printed.out == "".join(expected)
+
+
+def test_samples_of_a_conversation(cli: Callable, gguf_file: Path) -> None:
+    arguments = ["run", gguf_file, "-p", PROMPT, "-n", "16", "--json"]
+    alone = cli(*arguments).json
+    for sample in cli(*arguments, "--samples", "2").json["samples"]:  # greedy ones are all alike
+        assert sample == {key: alone[key] for key in sample}
+        assert "message" in sample
+
+
+def test_samples_end_with_the_context(cli: Callable, gguf_file: Path) -> None:
+    found = cli("run", gguf_file, "-p", PROMPT, "--raw", "-c", "20", "--samples", "2", "--json").json
+    for sample in found["samples"]:
+        assert (len(sample["tokens"]), sample["stop"]) == (20 - found["prompt_tokens"], "context")
+
+
+@pytest.mark.parametrize("options", [["--lookup"], ["--prompt-cache", "FILE"]])
+def test_samples_refuse_what_they_cannot_do(options: list[str], cli: Callable, gguf_file: Path) -> None:
+    found = cli("run", gguf_file, "-p", PROMPT, "--samples", "2", *options)
+    assert (found.code, found.out) == (2, "")
+    assert options[0] in found.err
+
+
 @pytest.mark.parametrize("options", [[], ["--temperature", "0.8", "--top-k", "20", "--seed", "5"]])
 def test_lookup_changes_no_text(options: list[str], cli: Callable, gguf_file: Path) -> None:
     arguments = ["run", gguf_file, "-p", f"{PROMPT} quiet. {PROMPT} quiet. {PROMPT}", "--raw", "-n", "64"]

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from qwen_quant.errors import CalibrationError
+from qwen_quant.quantize import sensitivity, stream
+
 CALIBRATION = ["--num-samples", "4", "--seq-len", "64"]
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
@@ -53,6 +56,29 @@ def test_a_file_of_a_size(cli: Callable, make_model: Callable, tmp_path: Path) -
     assert 0.95 * size < done["bytes"] <= size
     asked = cli(*command, "--target-size", f"{size}", "--tensor-type", "ffn_down=Q8_0").json
     assert asked["types"][DOWN] == "Q8_0" and asked["bytes"] <= size
+
+
+def test_measured_losses_are_kept(
+    cli: Callable, make_model: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    line = ["export", model, "--target-bpw", "6", *CALIBRATION]
+    assert cli(*line, "-o", tmp_path / "whole").code == 0
+
+    def fail(*_: object, **__: object) -> None:
+        raise CalibrationError("stopped here")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(stream, "_layers", fail)
+        assert cli(*line, "-o", tmp_path / "out", "--resume").code == 1
+    assert [path.name for path in (tmp_path / ".out.layers").iterdir()] == ["losses.json"]
+    with monkeypatch.context() as broken:
+        broken.setattr(sensitivity, "_measured", fail)
+        other = cli(*line, "--seed", "1", "-o", tmp_path / "out", "--resume")
+        assert other.code == 1 and "was begun with another recipe" in other.err
+        assert cli(*line, "-o", tmp_path / "out", "--resume").code == 0
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "whole"]
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ from helpers.torch_greedy import greedy
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.exporters.gguf import TypeOptions, export_gguf
 from qwen_quant.exporters.gguf_tensors import gguf_name, stacked
-from qwen_quant.grids.kv_layout import uncalibrated
 from qwen_quant.model import Model, load_model
+from qwen_quant.quantize.kv_weights import weights_layout
 from qwen_quant.safetensors import Planned, SafetensorsWriter
 from qwen_quant.tokenizer import Tokenizer
 
@@ -226,9 +226,8 @@ def test_llama_cpp_tokenizes_as_we_do(reference: Path, tmp_path: Path) -> None:
 def test_a_stored_layout_of_the_kv_cache_changes_nothing(reference: Path, tmp_path: Path) -> None:
     """llama.cpp loads the file and says the same: the layout is metadata, no tensors that it would count."""
     checkpoint = Checkpoint(reference)
-    bias = np.ones((2, 64), dtype=np.float32)
     said = []
-    for name, layout in (("plain", None), ("with", uncalibrated("int4", [bias] * 4))):
+    for name, layout in (("plain", None), ("with", weights_layout(checkpoint, "int4"))):
         path = tmp_path / f"{name}.gguf"
         export_gguf(checkpoint, path, "Q8_0", kv_layout=layout)
         with llama_cpp(path) as server:

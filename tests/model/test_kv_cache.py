@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.grids.kv import ChannelGroups, Half, TokenGroups
 from qwen_quant.grids.kv_layout import KVCacheSpec, KVLayer, KVLayout, uncalibrated
 from qwen_quant.model import load_model
+from qwen_quant.model.cache import split_at_stretches
 from qwen_quant.model.kv_cache import QuantizedKVCache, new_quantized_cache
 
 TABLE = (torch.ones(1, 64), torch.zeros(1, 64))
@@ -38,11 +40,19 @@ def test_pieces_are_stored_as_the_whole() -> None:
     assert pieces.length == 50
 
 
-def test_recent_tokens_stay_exact() -> None:
-    x = vectors(50)
-    keys, _ = cache_of(KVLayout(TokenGroups(4)), residual=8).append(x, x, TABLE)
-    assert torch.equal(keys[:, :, -8:], x[:, :, -8:].half().float())
-    assert not torch.equal(keys[:, :, -9], x[:, :, -9].half().float())
+@pytest.mark.parametrize("pieces", [[50], [9, 1, 30, 10], [1] * 50], ids=["whole", "parts", "single"])
+def test_a_token_sees_its_own_stretch_as_it_is(pieces: list[int]) -> None:
+    x, layout = vectors(50), KVLayout(TokenGroups(4))
+    stored, half = layout.decode(layout.encode(x, None), None), x.half().float()
+    cache = cache_of(layout, residual=8)
+    for part in x.split(pieces, dim=2):
+        for piece in split_at_stretches(part, [cache], dim=2):
+            keys, values = cache.append(piece, piece, TABLE)
+            begin = (cache.length - 1) // 8 * 8
+            assert torch.equal(keys[:, :, :begin], stored[:, :, :begin])
+            assert torch.equal(keys[:, :, begin:], half[:, :, begin : cache.length])
+    assert torch.equal(values, keys)
+    assert cache.length == 50
 
 
 def test_groups_of_tokens_wait_until_they_are_whole() -> None:

@@ -38,7 +38,8 @@ struct Case {
 
 Case any_case(uint32_t type) {
     const TypeInfo& info = *type_info(type);
-    Case c{type, any(1, 21), any(1, 3) * info.block, any(1, 9), {}, {}, 0};
+    const int64_t more = random_bits() % 8 == 0 ? 1024 : 0;  // than a panel of weights takes at once
+    Case c{type, any(1, 40), any(1, 3) * info.block + more, any(1, 9), {}, {}, 0};
     c.row_bytes = static_cast<size_t>(c.k) / info.block * info.bytes;
     c.weights.resize(static_cast<size_t>(c.rows) * c.row_bytes);
     for (uint8_t& byte : c.weights) byte = static_cast<uint8_t>(random_bits());

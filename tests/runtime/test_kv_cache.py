@@ -19,10 +19,12 @@ from qwen_quant.evaluate.divergence import kl_divergence
 from qwen_quant.evaluate.perplexity import log_softmax
 from qwen_quant.exporters.gguf import export_gguf
 from qwen_quant.grids.kv import Half, TokenGroups
-from qwen_quant.grids.kv_layout import KVCacheSpec, KVLayer, KVLayout, uncalibrated
+from qwen_quant.grids.kv_layout import RECENT, KVCacheSpec, KVLayer, KVLayout
 from qwen_quant.model import load_model
 from qwen_quant.model.kv_cache import new_quantized_cache
-from qwen_quant.quantize.kv_cache import key_bias
+from qwen_quant.quantize.kv_weights import weights_layout
+from qwen_quant.runtime import prompt_cache
+from qwen_quant.runtime.sampling import SamplingParams
 from qwen_quant.runtime.session import Session
 from qwen_quant.safetensors import Planned, SafetensorsWriter
 
@@ -72,7 +74,7 @@ def calibrated(heads: int = 2) -> KVCacheSpec:
     values = KVLayout(TokenGroups(8), vectors(), np.exp(0.5 * vectors()), True)
     first = KVLayer(keys, values)
     second = KVLayer(replace(keys, grid=Half()), replace(values, grid=TokenGroups(4), hadamard=False))
-    return KVCacheSpec("auto", (first, second))
+    return KVCacheSpec("auto", (first, second), RECENT)
 
 
 def torch_logits(checkpoint: Checkpoint, spec: KVCacheSpec | None, tokens: np.ndarray = TOKENS) -> np.ndarray:
@@ -98,25 +100,78 @@ def test_as_the_reference_rounds(changes: dict, name: str, isa: str, make: Calla
     checkpoint = make(**changes)
     layout = calibrated() if name == "auto" else None
     session = Session.open(exported(checkpoint, layout), isa=isa, cache_type_k=name, cache_type_v=name)
-    spec = layout or uncalibrated(name, [key_bias(checkpoint, i) for i in range(2)])
+    spec = layout or weights_layout(checkpoint, name)
     tokens = TOKENS[:90] if isa == "scalar" else TOKENS
     expected, exact = torch_logits(checkpoint, spec, tokens), torch_logits(checkpoint, None, tokens)
     found = session.logits(tokens)
     # Near a tie the two may round to either side, and what follows differs in turn.
     assert divergence(expected, found) < 0.1 * divergence(exact, found)
     assert session.engine.kv_bytes_per_token == spec.bytes_per_token(2, 64)
+    assert session.engine.kv_recent_bytes == spec.recent_bytes(2, 64)
 
 
-def test_token_by_token_is_the_same(make: Callable[..., Checkpoint]) -> None:
+KINDS = [("auto", "auto"), ("int4", "int4"), ("int8", "f16"), ("f16", "int4")]
+
+
+@pytest.mark.parametrize(("k", "v"), KINDS)
+def test_parts_are_the_same_as_the_whole(k: str, v: str, make: Callable[..., Checkpoint]) -> None:
+    """To the bit, whatever comes at a time, what was taken back before, and how many threads there are."""
+    path = exported(make(**QWEN2), calibrated())
+    expected = Session.open(path, cache_type_k=k, cache_type_v=v, n_threads=1).logits(TOKENS)
+    session = Session.open(path, cache_type_k=k, cache_type_v=v, n_threads=3)
+    rng = np.random.default_rng(7)
+    for n in (40, *[1] * 30, *rng.integers(1, 34, 12), 260):
+        past = session.n_past
+        n = min(int(n), len(TOKENS) - past)
+        np.testing.assert_array_equal(session.extend(TOKENS[past : past + n]), expected[past : past + n])
+        rejected = int(rng.integers(0, min(n, RECENT + 1)))
+        session.extend(TOKENS[: n - n // 2])  # a draft that is wrong
+        session.truncate(past + n)
+        session.truncate(past + n - rejected)
+    for n in (300, 299, 250, 64, 21):
+        rest = session.keep_shared(
+            [*TOKENS[:n], 4000]
+        )  # overwritten, within groups of tokens that share bytes
+        assert len(rest) - 1 <= RECENT
+        session.prefill(rest)
+        session.truncate(n)
+        np.testing.assert_array_equal(session.step(int(TOKENS[n])), expected[n])
+
+
+def test_taken_back_further_it_still_reads_codes(make: Callable[..., Checkpoint]) -> None:
+    path = exported(make(**QWEN2))
+    session = Session.open(path, cache_type_k="int4", cache_type_v="int4")
+    expected = session.logits(TOKENS)
+    session.truncate(150)
+    found = session.extend(TOKENS[150:200])
+    assert 0 < divergence(expected[150:160], found[:10]) < 0.05
+
+
+def test_drafts_leave_the_text_alone(make: Callable[..., Checkpoint]) -> None:
+    path = exported(make(**QWEN2), calibrated())
+    texts, rejected = [], 0
+    for draft_max in (0, 8, 128):
+        session = Session.open(path, cache_type_k="int4", cache_type_v="int4")
+        session.draft_max = draft_max
+        prompt = np.tile(TOKENS[:50], 3).tolist()
+        texts.append(list(session.generate(prompt, 200, SamplingParams(temperature=5.0, top_k=2, seed=1))))
+        rejected = max(rejected, session.timings.drafted - session.timings.accepted)
+    assert texts[0] == texts[1] == texts[2]
+    assert rejected > 20, session.timings
+
+
+def test_a_stored_context_goes_on_exactly(make: Callable[..., Checkpoint], tmp_path: Path) -> None:
     path = exported(make(**QWEN2), calibrated())
     session = Session.open(path, cache_type_k="auto", cache_type_v="auto")
-    expected = session.logits(TOKENS)
-    session.truncate(0)
-    session.prefill(TOKENS[:40])
-    for i in range(40, 75):
-        np.testing.assert_array_equal(session.step(int(TOKENS[i])), expected[i])
-    session.truncate(21)  # overwritten, within groups of tokens that share bytes
-    np.testing.assert_array_equal(session.prefill(TOKENS[21:100]), expected[99])
+    expected = session.logits(TOKENS[:120])
+    for n in (110, 64, 20):
+        session.logits(TOKENS[:120])
+        prompt_cache.save(session, tmp_path / "cache", n)
+        other = Session.open(path, cache_type_k="auto", cache_type_v="auto")
+        prompt_cache.load(other, tmp_path / "cache")
+        rest = other.keep_shared(TOKENS[:n].tolist())
+        assert len(rest) <= RECENT
+        np.testing.assert_array_equal(other.prefill(rest), expected[n - 1])
 
 
 @pytest.mark.parametrize("changes", [QWEN3_MOE, {"num_attention_heads": 2}], ids=["moe", "mha"])
@@ -155,6 +210,44 @@ def test_a_large_key_bias_costs_nothing(make: Callable[..., Checkpoint]) -> None
         assert divergence(exact, found) < most
     naive = KVLayer(KVLayout(TokenGroups(4)), KVLayout(Half()))
     assert divergence(exact, torch_logits(checkpoint, KVCacheSpec("naive", (naive, naive)))) > 20 * most
+
+
+def with_moved_scale(checkpoint: Checkpoint, factor: float) -> Checkpoint:
+    """The same model, where some channels of keys are `factor` times as large and those of queries as small."""
+    infos, dim = checkpoint.spec.tensors(), checkpoint.spec.head_dim
+    factors = np.ones(dim, np.float32)
+    factors[[3, 3 + dim // 2, 30, 30 + dim // 2]] = factor  # pairs, which RoPE turns into one another
+    planned = [Planned(info.name, "F32", info.shape) for info in infos]
+    values = {info.name: checkpoint.read(info.name).astype(np.float32) for info in infos}
+    with SafetensorsWriter(checkpoint.folder / "model.safetensors", planned) as writer:
+        for name, value in values.items():
+            if "_proj" in name and ("q_proj" in name or "k_proj" in name):
+                moved = np.tile(factors if "k_proj" in name else 1 / factors, len(value) // dim)
+                value = value * moved.reshape(-1, *[1] * (value.ndim - 1))
+            writer.write(name, value)
+    return Checkpoint(checkpoint.folder)
+
+
+def test_a_scale_that_keys_took_from_queries_costs_nothing(make: Callable[..., Checkpoint]) -> None:
+    """The engine sees it in the weights, whatever their type, and balances it."""
+    checkpoint = make(**QWEN2)
+    plain = KVLayer(KVLayout(TokenGroups(4), hadamard=True), KVLayout(Half()))
+    costs = []
+    for factor in (1, 100):
+        checkpoint = with_moved_scale(checkpoint, factor)
+        exact = torch_logits(checkpoint, None)
+        for kind in ("F32", "Q8_0"):
+            path = checkpoint.folder / f"{kind}.gguf"
+            export_gguf(checkpoint, path, kind)
+            base = Session.open(path).logits(TOKENS)
+            costs.append(
+                divergence(base, Session.open(path, cache_type_k="int4", cache_type_v="f16").logits(TOKENS))
+            )
+    assert costs[2] < 2 * costs[0] + 1e-5
+    assert costs[3] < 2 * costs[1] + 1e-5
+    assert divergence(
+        exact, torch_logits(checkpoint, KVCacheSpec("plain", (plain, plain), RECENT))
+    ) > 10 * max(costs)
 
 
 def test_options_that_cannot_be(

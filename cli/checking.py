@@ -1,0 +1,60 @@
+"""The check that ends `gptq` and `export`: what was written, run against the checkpoint on held-out text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen_quant.checkpoint import Checkpoint
+
+
+def check_of(output: Path, checkpoint: Checkpoint, bits: int) -> Callable[[Path], dict[str, Any]]:
+    """What runs an artifact of so many bits before it becomes `output`: its findings, none where it cannot run.
+
+    A model that is larger than the memory that is free is written all the same: only its check is left out.
+    """
+    from qwen_quant.evaluate.selfcheck import runs, self_check
+
+    def check(artifact: Path) -> dict[str, Any]:
+        size, free = size_of(artifact), available_memory()
+        if runs(artifact) and free is not None and size > free:
+            print(
+                f"note: {output} is not checked: it has {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are "
+                "free to run it",
+                file=sys.stderr,
+            )
+            return {}
+        return self_check(artifact, checkpoint, bits, where=output)
+
+    return check
+
+
+def size_of(artifact: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    files = artifact.rglob("*") if artifact.is_dir() else (artifact,)
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def available_memory() -> int | None:
+    """Bytes that a process can get without swapping; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        [kilobytes] = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError):
+        return None
+    return int(kilobytes) << 10
+
+
+def summary(check: dict[str, Any]) -> str:
+    """The findings in a line."""
+    greedy = ""
+    if check.get("greedy_tokens"):
+        same = round(check["greedy_agreement"] * check["greedy_tokens"])
+        greedy = f", {same} of {check['greedy_tokens']} greedy tokens"
+    return (
+        f"checked on {check['tokens']} tokens: KLD {check['kld_mean']:.5f}, "
+        f"top-1 agreement {100 * check['top1_agreement']:.2f} %{greedy}"
+    )
