@@ -82,7 +82,9 @@ class Input:
     ascends."""
 
     hessian: Tensor  # [E, K, K], in stored order
-    importance: Tensor  # [E, K], in stored order
+    # [E, K], in stored order: what is left of each input's second moment when those that are solved after it have made
+    # up for it. A rounding error that they answer costs no more than this.
+    importance: Tensor
     order: Tensor  # [E, K]: the stored column at each place
     factor: Factor
 
@@ -91,11 +93,11 @@ class Input:
         """Factor second moments [E, K, K]."""
         diagonal = torch.diagonal(hessian, dim1=1, dim2=2)
         # Damped as the solve is: an input that calibration never saw may still come alive later.
-        importance = diagonal + (damp_percent * diagonal.mean(-1, keepdim=True)).clamp(min=1e-12)
-        order = torch.argsort(importance, dim=-1, descending=True, stable=True).flip(-1)
-        return cls(
-            hessian, importance, order, factorise(select(select(hessian, order).mT, order), damp_percent)
-        )
+        damped = diagonal + (damp_percent * diagonal.mean(-1, keepdim=True)).clamp(min=1e-12)
+        order = torch.argsort(damped, dim=-1, descending=True, stable=True).flip(-1)
+        factor = factorise(select(select(hessian, order).mT, order), damp_percent)
+        importance = torch.empty_like(damped).scatter_(1, order, factor.pivots.square())
+        return cls(hessian, importance, order, factor)
 
 
 @dataclass

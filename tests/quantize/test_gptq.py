@@ -41,10 +41,12 @@ def textbook(w: torch.Tensor, hessian: torch.Tensor, grid: AffineGrid, damp: flo
     """Algorithm 1 of arXiv:2210.17323 with block size 1, in float64, columns by falling diag(H)."""
     diagonal = torch.diagonal(hessian)
     order = torch.argsort(diagonal, descending=True, stable=True)
-    columns = grid.spread(grid.fit(w, diagonal + damp * diagonal.mean()), w.shape[1])
     h = hessian.double()[order][:, order]
     h += torch.eye(len(h), dtype=torch.float64) * damp * h.diagonal().mean()
     upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    importance = torch.empty_like(diagonal)
+    importance[order] = upper.diagonal().float() ** -2  # what an error of 1 costs: see `error` below
+    columns = grid.spread(grid.fit(w, importance), w.shape[1])
     work = w.double()[:, order].clone()
     codes = torch.empty(w.shape, dtype=torch.uint8)
     for i, column in enumerate(order):
