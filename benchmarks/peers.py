@@ -75,3 +75,8 @@ def peer_of(text: str) -> tuple[str, Path]:
 def peer_command(name: str, python: Path, model: Path, windows: Path, output: Path, dtype: str) -> list[str]:
     """The command that quantizes `model` to `output` with a peer."""
     return [str(python), "-c", SCRIPTS[name], str(model), str(windows), str(output), dtype]
+
+
+def checkpoint_in(output: Path) -> Path:
+    """Where a peer put its checkpoint: AutoRound makes a folder in the one that it is given."""
+    return output if (output / "config.json").exists() else next(output.glob("*/config.json")).parent

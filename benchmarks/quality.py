@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from peers import peer_command, peer_of, sampled_windows
+from peers import checkpoint_in, peer_command, peer_of, sampled_windows
 
 CTX = 512
 MEAN_KLD = re.compile(r"Mean\s+KLD:\s*(-?[\d.]+)\s*±\s*([\d.]+)")
@@ -166,7 +166,7 @@ def compare_int4(options: argparse.Namespace, folder: Path) -> list[dict[str, ob
     for name, python in options.peer:
         output = folder / name
         run(peer_command(name, python, resolve_model(options.model), windows, output, options.peer_dtype))
-        peer_kld = kld_by_eval(output, options)
+        peer_kld = kld_by_eval(checkpoint_in(output), options)
         print(f"| {name} | {peer_kld:.5f} | {kld / peer_kld:.2f} |", flush=True)
         rows.append(
             {"int4_by": name, "kld_by_eval": kld, "peer_kld_by_eval": peer_kld, "ours/peer": kld / peer_kld}

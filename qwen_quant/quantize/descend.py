@@ -55,7 +55,7 @@ class Descent:
         """As they are now, [E, N, G]."""
         return Scales(self.scale.mT, self.offset.mT)
 
-    def run(self, failed: Sequence[bool]) -> None:
+    def run(self, failed: Sequence[str]) -> None:
         """Descend in all problems but the `failed` ones, whose Hessian measures nothing."""
         if any(failed):
             sound = [e for e, bad in enumerate(failed) if not bad]

@@ -12,10 +12,10 @@ TOKENS_AT_ONCE = 1024  # calibration tokens per forward pass: bounds activations
 ROUTED_AT_ONCE = 4096  # where each token goes to a few of many experts
 
 
-def batches_of(hidden: Tensor, tokens: int | None = None) -> tuple[Tensor, ...]:
-    """Views of `hidden` [samples, seq, hidden] for one forward pass each, of TOKENS_AT_ONCE by default; writing to one
+def batches_of(hidden: Tensor, routed: bool = False) -> tuple[Tensor, ...]:
+    """Views of `hidden` [samples, seq, hidden] for one forward pass each, through experts if `routed`; writing to one
     writes to `hidden`."""
-    return hidden.split(max(1, (tokens or TOKENS_AT_ONCE) // hidden.shape[1]))
+    return hidden.split(max(1, (ROUTED_AT_ONCE if routed else TOKENS_AT_ONCE) // hidden.shape[1]))
 
 
 class Inputs:

@@ -23,7 +23,7 @@ from qwen_quant.quantize.calibration import Calibration
 from qwen_quant.quantize.experts import ExpertInputs, groups_of_experts, shrunk
 from qwen_quant.quantize.gptq import Solution, solve, solve_stack
 from qwen_quant.quantize.heap import give_back_memory
-from qwen_quant.quantize.inputs import ROUTED_AT_ONCE, Inputs, batches_of
+from qwen_quant.quantize.inputs import Inputs, batches_of
 from qwen_quant.quantize.layer import LinearReport, QuantizedLayer, Stopwatch, to_numpy, to_torch
 from qwen_quant.quantize.ranks import each_on_its_rank, own_part
 from qwen_quant.quantize.recipe import GridChoice, Recipe
@@ -87,7 +87,7 @@ class LayerRun:
         self.watch.lap("calibrate")
 
         if isinstance(layer.mlp, SparseMLP):
-            parts = batches_of(hidden, ROUTED_AT_ONCE)
+            parts = batches_of(hidden, routed=True)
             outputs = self._through_experts(layer.mlp, parts, self._solved_groups)
             if layer.mlp.moe.shared_expert_intermediate_size is not None:
                 shared = tuple(f"mlp.shared_expert.{name}" for name in PROJECTIONS)
@@ -196,7 +196,7 @@ class LayerRun:
         contexts = Inputs(lambda part: self._context(part, table), batches, keep=False)
         _add(batches, contexts.outputs(layer.attention_output))
         if isinstance(layer.mlp, SparseMLP):
-            parts = batches_of(hidden, ROUTED_AT_ONCE)
+            parts = batches_of(hidden, routed=True)
             self._finish_sparse(layer.mlp, parts, self._through_experts(layer.mlp, parts, restored_groups))
             return
         _add(batches, Inputs(layer.mlp_input, batches, keep=False).outputs(layer.mlp))

@@ -22,7 +22,7 @@ IMPORTED = ["qwen_quant.cli.app", "qwen_quant.exporters.gguf_budget", "qwen_quan
 # So small that a tiny model makes many pieces of each kind.
 PIECES = {
     (inputs, "TOKENS_AT_ONCE"): 256,
-    (layer_run, "ROUTED_AT_ONCE"): 256,
+    (inputs, "ROUTED_AT_ONCE"): 256,
     (calibration, "BLOCK"): 32,
     (gptq, "ROWS_AT_ONCE"): 96,
     (experts, "FLOATS_AT_ONCE"): 1 << 15,
