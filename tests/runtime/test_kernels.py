@@ -165,7 +165,9 @@ def test_matmul_with_the_largest_codes(tensor_type: str, isa: str, packed: bool)
             expected, magnitude = x.astype(np.float64) @ decoded.T, 2e-6 * np.abs(decoded).sum(axis=1)
             for n_tokens in (1, 5):
                 y = _core.matmul(tensor_type, stored.reshape(-1), 33, x[:n_tokens], isa, packed=packed)
-                assert (np.abs(y - expected[:n_tokens]) <= magnitude + 1e-5 * np.abs(expected[:n_tokens])).all()
+                assert (
+                    np.abs(y - expected[:n_tokens]) <= magnitude + 1e-5 * np.abs(expected[:n_tokens])
+                ).all()
 
 
 @each_isa
