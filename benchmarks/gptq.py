@@ -31,7 +31,7 @@ OURS = "qwen-quant"
 
 
 def timed(command: list[str], environment: dict[str, str], folder: str) -> tuple[float, float]:
-    """Wall seconds and peak RSS in GB of a command that may leave things in `folder`. Exits with its output when it fails."""
+    """Wall seconds and peak RSS in GB of a command, run in `folder`. Exits with its output when it fails."""
     with tempfile.TemporaryFile() as log:
         began = time.monotonic()
         process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
