@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwen_quant.checkpoint import Checkpoint
+    from qwen_quant.quantize.plan_layer import Stage
+    from qwen_quant.quantize.stored import StoredTensor
 
 
 def check_of(output: Path, checkpoint: Checkpoint, bits: int) -> Callable[[Path], dict[str, Any]]:
@@ -30,6 +32,19 @@ def check_of(output: Path, checkpoint: Checkpoint, bits: int) -> Callable[[Path]
         return self_check(artifact, checkpoint, bits, where=output)
 
     return check
+
+
+def memory(checkpoint: Checkpoint, stored: list[StoredTensor], runtime: str) -> tuple[Stage, ...]:
+    """What the check of a file of `stored` tensors will need, with what runs it."""
+    from qwen_quant.evaluate.selfcheck import WINDOW
+    from qwen_quant.quantize import plan_beside
+
+    copies = {
+        "onnx": plan_beside.ONNXRUNTIME,
+        "gguf": plan_beside.ENGINE,
+        "gptq": plan_beside.STREAMED,
+    }
+    return (plan_beside.checking(checkpoint.spec, stored, WINDOW, copies[runtime]),)
 
 
 def size_of(artifact: Path) -> int:

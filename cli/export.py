@@ -11,7 +11,7 @@ import typer
 
 from qwen_quant.cli import calibrating, export_onnx, options
 from qwen_quant.cli.calibrating import CalibrationOptions
-from qwen_quant.cli.checking import check_of
+from qwen_quant.cli.checking import check_of, memory
 from qwen_quant.cli.exported import report
 
 
@@ -187,14 +187,16 @@ def run(options: ExportOptions) -> None:
     file = plan_file(checkpoint, options.type, types) if to_spend is None else to_spend[0].file
     solving = checkpoint.quantization is None and any(t.quantized for t in file.stored)
     recipe = calibrating.recipe_of(options) if solving else None
-    measuring = budget.memory(to_spend[0], recipe) if to_spend is not None and recipe is not None else ()
-    plan = planning.make_plan(checkpoint, file.stored, recipe, max_ram, measuring)
+    beside = memory(checkpoint, file.stored, "gguf") if options.verify else ()
+    if to_spend is not None and recipe is not None:
+        beside += budget.memory(to_spend[0], recipe)
+    plan = planning.make_plan(checkpoint, file.stored, recipe, max_ram, beside)
     chosen = None
     with calibrating.layer_store(options.output, options.resume, options.dry_run) as store:
         if to_spend is not None and recipe is not None:
             chosen = budget.choose(*to_spend, recipe, store)
             file, types = chosen.plan, chosen.options
-            plan = planning.make_plan(checkpoint, file.stored, recipe, max_ram, measuring, plan.base)
+            plan = planning.make_plan(checkpoint, file.stored, recipe, max_ram, beside, plan.base)
         if options.dry_run:
             planning.report(plan, options, gguf_grid, recipe, None if chosen is None else chosen.expected_kld)
             return

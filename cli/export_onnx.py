@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from qwen_quant.cli import calibrating
-from qwen_quant.cli.checking import check_of
+from qwen_quant.cli.checking import check_of, memory
 from qwen_quant.cli.exported import report
 
 if TYPE_CHECKING:
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from qwen_quant.cli.export import ExportOptions
     from qwen_quant.exporters.onnx import Form, Written
     from qwen_quant.quantize.kv_ranges import ChannelScales
-    from qwen_quant.quantize.plan_layer import Stage
-    from qwen_quant.quantize.stored import StoredTensor
 
 MEASURED_WINDOWS, MEASURED_TOKENS = 2, 128  # of calibration text, for the precision of each product
 
@@ -42,7 +40,7 @@ def run(options: ExportOptions) -> None:
     solving = grid is not None and checkpoint.quantization is None
     recipe = calibrating.recipe_of(options) if solving else None
     stored = stored_tensors(checkpoint, form)
-    after = memory_after(options, checkpoint, stored, form)
+    after = memory(checkpoint, stored, "onnx") if options.verify else ()
     plan = planning.make_plan(checkpoint, stored, recipe, max_ram, after)
     if options.dry_run:
         # An embedding's grid may be another than the layers'; it is rounded about as quickly.
@@ -65,21 +63,6 @@ def form_of(options: ExportOptions) -> Form:
         opset=options.opset,
         accuracy_level=options.accuracy_level.lower(),
     )
-
-
-def memory_after(
-    options: ExportOptions, checkpoint: Checkpoint, stored: list[StoredTensor], form: Form
-) -> tuple[Stage, ...]:
-    """What running the written folder will need."""
-    from qwen_quant.evaluate.selfcheck import WINDOW, WINDOWS
-    from qwen_quant.quantize.plan_beside import LOADED, checking, choosing
-
-    stages = []
-    if form.accuracy_level == "auto" and form.opset is None and any(tensor.quantized for tensor in stored):
-        stages.append(choosing(checkpoint.spec, stored, MEASURED_TOKENS))
-    if options.verify:
-        stages.append(checking(checkpoint.spec, stored, WINDOWS * WINDOW, LOADED))
-    return tuple(stages)
 
 
 def write(

@@ -10,7 +10,7 @@ import typer
 
 from qwen_quant.cli import calibrating, options
 from qwen_quant.cli.calibrating import CalibrationOptions
-from qwen_quant.cli.checking import check_of, summary
+from qwen_quant.cli.checking import check_of, memory, summary
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def run(options: GPTQOptions) -> None:
     if not options.json:
         calibrating.announce(remarks)
     stored = stored_tensors(checkpoint, grid, options.tied_head)
-    plan = planning.make_plan(checkpoint, stored, recipe, max_ram)
+    after = memory(checkpoint, stored, "gptq") if options.verify else ()
+    plan = planning.make_plan(checkpoint, stored, recipe, max_ram, after)
     if options.dry_run:
         planning.report(plan, options, lambda kind: grid, recipe)
         return

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper, numpy_helper
 
 from qwen_quant.exporters.onnx_pieces import Values, run_pieces, with_rows_apart
 
@@ -22,6 +22,7 @@ AUTO = "auto"
 # spread activations lie near 1 %; channels that stand out far above the others push it up. onnxruntime computes 8-bit
 # weights at level 0 dozens of times slower, so those have to be far off.
 LIMITS = {4: 0.03, 8: 0.1}
+ROWS = "axes of batch and tokens"
 _QUANTIZED = ("MatMulNBits", "QMoE")
 
 
@@ -122,19 +123,38 @@ def _measure(beside: Path, model: onnx.ModelProto, feeds: Sequence[Values]) -> d
         doubled.graph.node.append(node)
         if node.name in names:
             doubled.graph.node.extend(_compared(node))
+    doubled.graph.initializer.append(numpy_helper.from_array(np.array([0, 1]), ROWS))
     wanted = [f"{name}.{part}" for name in names for part in ("gap", "size")]
     values, _ = run_pieces(beside, doubled, feeds, wanted)
-    sums: dict[str, npt.NDArray[np.float64]] = {}
+    columns: dict[str, list[npt.NDArray[np.float64]]] = {}  # of each product, [2, N] in parts
     for part, name in names.items():
-        pair = [[of_text[f"{part}.gap"], of_text[f"{part}.size"]] for of_text in values]
-        sums[name] = sums.get(name, np.zeros(2)) + np.sum(pair, axis=0)
+        pairs = [[of_text[f"{part}.gap"], of_text[f"{part}.size"]] for of_text in values]
+        columns.setdefault(name, []).append(np.sum(pairs, axis=0, dtype=np.float64))
+    cuts = _cuts(model)
+    return {name: _largest_error(np.hstack(parts), cuts.get(name, [])) for name, parts in columns.items()}
+
+
+def _largest_error(squares: npt.NDArray[np.float64], cuts: Sequence[int]) -> float:
+    """The relative error of a product, given the squares [2, N] of differences and outputs; where several matrices
+    are stacked in it, so that it is cut at some columns, that of the worst."""
+    sums = (part.sum(axis=1) for part in np.split(squares, cuts, axis=1))
+    return max(float(np.sqrt(gap / max(size, np.finfo(np.float32).tiny))) for gap, size in sums)
+
+
+def _cuts(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """Where the columns of products are cut, by their names."""
+    inline = {t.name: t for t in model.graph.initializer if t.data_location != TensorProto.EXTERNAL}
+    products = {node.output[0]: node.name for node in model.graph.node if node.op_type == "MatMulNBits"}
     return {
-        name: float(np.sqrt(gap / max(size, np.finfo(np.float32).tiny))) for name, (gap, size) in sums.items()
+        products[node.input[0]]: np.cumsum(numpy_helper.to_array(inline[node.input[1]]))[:-1].tolist()
+        for node in model.graph.node
+        if node.op_type == "Split" and node.input[0] in products
     }
 
 
 def _compared(node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """The product at level 4, and the squares of its difference from the one at level 0 and of that one."""
+    """The product at level 4, and for each column the squares of its difference from the one at level 0 and of that
+    one, summed over the tokens."""
     fast = onnx.NodeProto()
     fast.CopyFrom(node)
     fast.name, fast.output[0] = f"{node.name}.fast", f"{node.name}.fast:0"
@@ -143,8 +163,8 @@ def _compared(node: onnx.NodeProto) -> list[onnx.NodeProto]:
     return [
         fast,
         helper.make_node("Sub", [node.output[0], fast.output[0]], [gap]),
-        helper.make_node("ReduceSumSquare", [gap], [f"{node.name}.gap"], keepdims=0),
-        helper.make_node("ReduceSumSquare", [node.output[0]], [f"{node.name}.size"], keepdims=0),
+        helper.make_node("ReduceSumSquare", [gap, ROWS], [f"{node.name}.gap"], keepdims=0),
+        helper.make_node("ReduceSumSquare", [node.output[0], ROWS], [f"{node.name}.size"], keepdims=0),
     ]
 
 

@@ -10,7 +10,7 @@ import codecs
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,46 +26,29 @@ from qwen_quant.tokenizer_files import (
     UNUSED,
     USER_DEFINED,
     SpecialTokens,
+    qwen2_pre_tokenizer,
     read_folder,
     read_gguf,
 )
-from qwen_quant.tokenizer_vocabulary import StoredVocabulary, qwen2_pre_tokenizer, split_merges
 
 # A base model's end of text and an instruct model's end of turn: both stop generation in every Qwen.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
 class Tokenizer:
-    """Text to ids and back. `where` names the file in errors.
+    """Text to ids and back. `where` names the file in errors."""
 
-    `source` is an object of the tokenizers library, or the vocabulary of a GGUF file, of which one is made only where
-    it is needed.
-    """
-
-    def __init__(
-        self, source: tokenizers.Tokenizer | StoredVocabulary, special: SpecialTokens, where: str
-    ) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, special: SpecialTokens, where: str) -> None:
+        self._backend = backend
+        # The same model without the added tokens: nothing in a text can become one of them.
+        self._plain = tokenizers.Tokenizer(backend.model)
+        self._plain.normalizer = backend.normalizer
+        self._plain.pre_tokenizer = backend.pre_tokenizer
         self._special = special
         self._where = where
-        self._stored = source if isinstance(source, StoredVocabulary) else None
-        if isinstance(source, StoredVocabulary):
-            self.added_tokens: dict[int, AddedToken] = source.added
-        else:
-            self._backend = source
-            self.added_tokens = dict(source.get_added_tokens_decoder())
-
-    @functools.cached_property
-    def _backend(self) -> tokenizers.Tokenizer:
-        assert self._stored is not None
-        return self._stored.backend()
-
-    @functools.cached_property
-    def _plain(self) -> tokenizers.Tokenizer:
-        # The same model without the added tokens: nothing in a text can become one of them.
-        plain = tokenizers.Tokenizer(self._backend.model)
-        plain.normalizer = self._backend.normalizer
-        plain.pre_tokenizer = self._backend.pre_tokenizer
-        return plain
+        self.added_tokens: dict[int, AddedToken] = dict(backend.get_added_tokens_decoder())
+        self._padding: Sequence[str] = ()
+        self._merges: list[tuple[str, str]] | None = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -79,15 +62,16 @@ class Tokenizer:
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], where: str = "GGUF metadata") -> Tokenizer:
         """Build from the keys `tokenizer.ggml.*`; raises FormatError naming a missing or foreign one."""
-        return cls(*read_gguf(metadata, where), where)
+        backend, special, tokens, merges = read_gguf(metadata, where)
+        found = cls(backend, special, where)
+        found._padding, found._merges = tokens, merges
+        return found
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text`. With `special`, added tokens spelled in it become their ids, otherwise text."""
+        backend = self._backend if special else self._plain
         # A lone surrogate (from a badly decoded file) has no UTF-8 form; it becomes U+FFFD.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if self._stored is not None:
-            return self._stored.encode_with_added(text) if special else self._stored.encode(text)
-        backend = self._backend if special else self._plain
         ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -102,15 +86,8 @@ class Tokenizer:
         added = self.added_tokens.get(token)
         if added is not None:
             return b"" if skip_special and added.special else added.content.encode("utf-8")
-        spelling = self._spelling(token)
+        spelling = self._backend.id_to_token(token) if token >= 0 else None
         return b"" if spelling is None else spelling_to_bytes(spelling)
-
-    def _spelling(self, token: int) -> str | None:
-        """None for an id that is no token."""
-        if self._stored is not None:
-            return self._stored.spelling(token)
-        found: str | None = self._backend.id_to_token(token) if token >= 0 else None
-        return found
 
     def decoder(self, *, skip_special: bool = True) -> StreamDecoder:
         """A decoder for ids that come one at a time."""
@@ -118,16 +95,14 @@ class Tokenizer:
 
     def token_id(self, spelling: str) -> int | None:
         """The id of a token by its spelling, or None."""
-        if self._stored is not None:
-            return self._stored.pairs.id_of(spelling)
         found: int | None = self._backend.token_to_id(spelling)
         return found
 
     @functools.cached_property
     def tokens(self) -> list[str]:
         """Spellings in id order, byte-level ones as stored; an id nobody uses is `[PAD{id}]`."""
-        if self._stored is not None:
-            return list(self._stored.tokens)
+        if self._padding:
+            return list(self._padding)
         vocab = self._backend.get_vocab(with_added_tokens=True)
         spelled = {token: spelling for spelling, token in vocab.items()}
         return [spelled.get(i, f"[PAD{i}]") for i in range(max(spelled) + 1)]
@@ -140,8 +115,8 @@ class Tokenizer:
     @functools.cached_property
     def merges(self) -> list[tuple[str, str]]:
         """The merges in the order of their ranks."""
-        if self._stored is not None:
-            return split_merges(self._stored.merges)
+        if self._merges is not None:
+            return self._merges
         stored = json.loads(self._backend.model.__getstate__())["merges"]
         pairs = (m.split(" ", 1) if isinstance(m, str) else m for m in stored)
         return [(left, right) for left, right in pairs]
@@ -151,7 +126,7 @@ class Tokenizer:
         """GGUF's type of every token in id order: normal, control, user-defined or unused."""
         types = [NORMAL] * self.vocab_size
         for i, spelling in enumerate(self.tokens):
-            if spelling == f"[PAD{i}]" and self._spelling(i) is None:
+            if spelling == f"[PAD{i}]" and self._backend.id_to_token(i) is None:
                 types[i] = UNUSED
         for i, token in self.added_tokens.items():
             # llama.cpp's readers take <|…|> as control whatever its flag says; say so in the file.

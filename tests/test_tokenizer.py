@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from qwen_quant import _core
 from qwen_quant.errors import ConfigError, FormatError, UsageError
 from qwen_quant.tokenizer import CONTROL, USER_DEFINED, Tokenizer
 
@@ -127,42 +125,6 @@ def test_gguf_metadata_gives_the_same_tokenizer(ours: Tokenizer) -> None:
         assert again.encode(text) == ours.encode(text)
     assert again.apply_chat_template(CHAT) == ours.apply_chat_template(CHAT)
     assert again.decode([again.vocab_size - 1, again.vocab_size + 7, -1]) == ""
-
-
-def test_stored_vocabularies_encode_as_the_library_does(ours: Tokenizer) -> None:
-    """By our own byte-pair merges: any text, any vocabulary, and words of many equal pairs."""
-    stored = Tokenizer.from_gguf(gguf_metadata(ours))
-
-    @settings(max_examples=150, deadline=None)
-    @given(text=st.one_of(st.text(max_size=80), st.text("ae \n\u4f60\u597d<|im_end>", max_size=200)))
-    def agree(text: str) -> None:
-        for special in (False, True):
-            assert stored.encode(text, special=special) == ours.encode(text, special=special)
-
-    agree()
-    for text in ("a" * 3000, "ab" * 999 + "a", " " * 777, "\ud800", ""):
-        assert stored.encode(text) == ours.encode(text)
-    assert stored.token_id("<|im_end|>") == ours.token_id("<|im_end|>")
-    assert stored.token_id("no such token") is None
-    assert stored.to_json() == Tokenizer.from_gguf(gguf_metadata(ours)).to_json()
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    merges=st.lists(
-        st.tuples(st.text("ab", min_size=1, max_size=4), st.text("ab", min_size=1, max_size=4)), max_size=12
-    ),
-    words=st.lists(st.text("abc", max_size=30), max_size=5),
-)
-def test_byte_pairs_equal_the_librarys(merges: list[tuple[str, str]], words: list[str]) -> None:
-    """Vocabularies that no training makes: a token of several merges, and letters that are no token."""
-    tokens = list(dict.fromkeys(["a", "b", *(part for pair in merges for part in (*pair, "".join(pair)))]))
-    pairs = _core.BytePairs(tokens, [" ".join(pair) for pair in merges], [])
-    library = tokenizers.Tokenizer(
-        tokenizers.models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges)
-    )
-    expected = [i for word in words for i in library.encode(word).ids]
-    assert pairs.encode(words) == expected
 
 
 @settings(max_examples=60, deadline=None)

@@ -45,5 +45,4 @@ NB_MODULE(_core, m) {
     qq::bind_kernels(m);
     qq::bind_grids(m);
     qq::bind_probe(m);
-    qq::bind_tokens(m);
 }

@@ -12,7 +12,6 @@ void bind_engine(nanobind::module_& m);
 void bind_kernels(nanobind::module_& m);
 void bind_grids(nanobind::module_& m);
 void bind_probe(nanobind::module_& m);
-void bind_tokens(nanobind::module_& m);
 
 // str, bytes or os.PathLike as the bytes that the file system wants.
 inline std::string file_path(nanobind::handle path) {

@@ -147,6 +147,9 @@ private:
     void attend(int id, const Part& s, int64_t layer);
     void attend_group(int id, const Part& s, int64_t layer, int64_t kv_head, int64_t t0, int64_t t1);
     void prepare_queries(int64_t layer, int64_t kv_head, int64_t n_rows, const AttentionRows& rows);
+    // Whether these rows belong to one token, for which each key and value comes from memory once: the values of a block
+    // are then asked for while its keys are read, and the next block's keys while its values are.
+    bool is_single(int64_t n_rows) const { return n_rows == model_.config.n_heads / model_.config.n_kv_heads; }
     // Both take n tokens from `begin` on, quantized unless `half_floats`.
     void score_block(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, bool half_floats, int64_t n_rows,
                      const AttentionRows& rows);

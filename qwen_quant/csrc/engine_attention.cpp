@@ -182,12 +182,14 @@ void Engine::score_block(int64_t layer, int64_t kv_head, int64_t begin, int64_t 
                          const AttentionRows& rows) {
     const int64_t dim = model_.config.head_dim, half = dim / 2;
     const KvHalf& keys = kv_.layout(layer).key;
+    const uint8_t* ahead = is_single(n_rows) ? kv_.value_codes(layer, kv_head, begin) : nullptr;
     if (keys.quantized() && !half_floats) {
-        kernels_->kv[static_cast<int>(keys.type)].scores(rows.codes, n_rows, kv_.keys(layer, kv_head, begin, n),
-                                                         rows.scores, kKvBlock);
+        KvTokens tokens = kv_.keys(layer, kv_head, begin, n);
+        tokens.ahead = ahead;
+        kernels_->kv[static_cast<int>(keys.type)].scores(rows.codes, n_rows, tokens, rows.scores, kKvBlock);
     } else {
         kernels_->attend_scores(keys.quantized() ? rows.turned : rows.q, n_rows, kv_.key(layer, kv_head, begin), n, dim,
-                                rows.scores, kKvBlock, kv_.value_codes(layer, kv_head, begin));
+                                rows.scores, kKvBlock, ahead);
     }
     if (keys.centre.empty() || keys.pairs[kv_head].empty()) return;
     // A query's product with the turned centre u, j positions on: of each pair (q1 u1 + q2 u2) cos + (q2 u1 - q1 u2) sin.
@@ -210,14 +212,15 @@ void Engine::score_block(int64_t layer, int64_t kv_head, int64_t begin, int64_t 
 void Engine::add_values(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, bool half_floats, int64_t n_rows,
                         const AttentionRows& rows) {
     const KvHalf& values = kv_.layout(layer).value;
+    const uint8_t* ahead = is_single(n_rows) ? kv_.key_codes(layer, kv_head, kv_.following(layer, begin, n)) : nullptr;
     if (half_floats || !values.quantized()) {
-        const uint8_t* ahead = kv_.key_codes(layer, kv_head, kv_.following(layer, begin, n));
         kernels_->attend_values(rows.scores, kKvBlock, rows.rescale, n_rows, kv_.value(layer, kv_head, begin), n,
                                 model_.config.head_dim, rows.acc, ahead);
         return;
     }
-    kernels_->kv[static_cast<int>(values.type)].values(rows.scores, kKvBlock, rows.rescale, n_rows,
-                                                       kv_.values(layer, kv_head, begin, n), rows.acc);
+    KvTokens tokens = kv_.values(layer, kv_head, begin, n);
+    tokens.ahead = ahead;
+    kernels_->kv[static_cast<int>(values.type)].values(rows.scores, kKvBlock, rows.rescale, n_rows, tokens, rows.acc);
 }
 
 // From the basis of the stored values back to the model's.

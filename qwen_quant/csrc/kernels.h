@@ -99,7 +99,7 @@ struct Kernels {
     void (*to_half)(const float* x, int64_t n, uint16_t* out);
 
     // Attention over one block of the cache. q [n_q, dim] is scaled already; scores are [n_q, ld_scores]. `ahead` is
-    // what is wanted next: as many bytes are asked for early.
+    // what is wanted next, as many bytes of which are asked for early; or nullptr.
     void (*attend_scores)(const float* q, int64_t n_q, const uint16_t* keys, int64_t n_keys, int64_t dim,
                           float* scores, int64_t ld_scores, const uint8_t* ahead);
     // Online softmax: scores[0, valid) become exp(score - new max), scores[valid, n) zero; the running maximum and

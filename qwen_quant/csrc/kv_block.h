@@ -67,7 +67,7 @@ struct KvTokens {
     const uint8_t* codes;
     const uint8_t* scales;  // of the first group; the next group's follow kKvPage bytes later
     int64_t n, dim;
-    const uint8_t* ahead;  // codes that are wanted next: as many are asked for early
+    const uint8_t* ahead;  // codes that are wanted next, as many of which are asked for early; or nullptr
 };
 
 // The part of scores that comes from the keys' centre, for the kKvBlock positions of a block: of each pair of channels that

@@ -31,6 +31,10 @@ inline LaneFloats load_first(const float* p, int64_t n) {
 }
 inline LaneInts rounded(LaneFloats x) { return _mm512_cvtps_epi32(x); }
 inline LaneInts add_ints(LaneInts a, LaneInts b) { return _mm512_add_epi32(a, b); }
+inline LaneInts larger_bits(LaneInts a, LaneFloats b) { return _mm512_max_epi32(a, _mm512_castps_si512(b)); }
+inline __m256i largest_of_halves(LaneInts x) {
+    return _mm256_max_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+}
 inline void store_shorts(int16_t* p, LaneInts x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(x));
 }
@@ -54,15 +58,25 @@ inline LaneFloats subtract(LaneFloats a, LaneFloats b) { return _mm256_sub_ps(a,
 inline LaneFloats load_first(const float* p, int64_t) { return load_lanes(p); }
 inline LaneInts rounded(LaneFloats x) { return _mm256_cvtps_epi32(x); }
 inline LaneInts add_ints(LaneInts a, LaneInts b) { return _mm256_add_epi32(a, b); }
+inline LaneInts larger_bits(LaneInts a, LaneFloats b) { return _mm256_max_epi32(a, _mm256_castps_si256(b)); }
+inline __m256i largest_of_halves(LaneInts x) { return x; }
 inline void store_shorts(int16_t* p, LaneInts x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
 }
 #endif
 
-// Asks for the i-th of `parts` parts of the codes that are wanted next.
+inline int32_t largest_lane(LaneInts x) {
+    const __m256i y = largest_of_halves(x);
+    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
+}
+
+// Asks for the i-th of `parts` parts of the codes that are wanted next, if any are.
 template <KvType T>
 inline void ask_ahead(const KvTokens& tokens, int64_t i, int64_t parts) {
+    if (!tokens.ahead) return;
     const int64_t bytes = static_cast<int64_t>(kv_codes_at(T, tokens.dim, tokens.n));
     for (int64_t at = bytes * i / parts & ~int64_t{63}; at < bytes * (i + 1) / parts; at += 64) {
         prefetch(tokens.ahead + at);
@@ -158,13 +172,19 @@ struct ScaledCodes {
     alignas(64) int16_t codes[kKvBlock];
     LaneFloats scale, offset;
 
-    // `largest`: at least that of all products. n is a multiple of 8.
-    void set(const float* probabilities, const float* token_scales, int64_t n, float largest, float middle) {
+    // n is a multiple of 8.
+    void set(const float* probabilities, const float* token_scales, int64_t n, float middle) {
+        LaneFloats products[kKvBlock / kLanes];
+        LaneInts top = zero_sums();  // compared as integers, NaN is larger than every number
+        for (int64_t j = 0; j < n; j += kLanes) {
+            products[j / kLanes] = multiply(load_first(probabilities + j, n - j), load_lanes(token_scales + j));
+            top = larger_bits(top, products[j / kLanes]);
+        }
+        const float largest = bits_to_float(static_cast<uint32_t>(largest_lane(top)));
         const LaneFloats inverse = lanes_of(largest > 1e-30f ? 32767.0f / largest : 0.0f);
         LaneInts sum = zero_sums();
         for (int64_t j = 0; j < n; j += kLanes) {
-            const LaneFloats product = multiply(load_first(probabilities + j, n - j), load_lanes(token_scales + j));
-            const LaneInts code = rounded(multiply(product, inverse));
+            const LaneInts code = rounded(multiply(products[j / kLanes], inverse));
             sum = add_ints(sum, code);
             store_shorts(codes + j, code);
         }
@@ -179,19 +199,12 @@ QQ_ALONE void kv_values_of(const float* p, int64_t ld, const float* rescale, con
     const int64_t run = T == KvType::kInt8 ? 2 : 8;  // tokens that lie side by side
     const float middle = T == KvType::kInt8 ? 0.0f : kInt4Middle;
     alignas(64) float scales[kKvBlock];
-    float largest[Q];
     ScaledCodes scaled[Q];
     const int16_t* x[Q];
-    for (int i = 0; i < Q; ++i) {
-        largest[i] = bits_to_float(largest_bits(p + i * ld, values.n));
-        x[i] = scaled[i].codes;
-    }
+    for (int i = 0; i < Q; ++i) x[i] = scaled[i].codes;
     for (int64_t g = 0; g < n_groups; ++g) {
-        const uint8_t* bytes = values.scales + g * kKvPage;
-        uint8_t top = 0;
-        for (int64_t j = 0; j < values.n; ++j) top = bytes[j] > top ? bytes[j] : top;
-        for (int64_t j = 0; j < n; j += kLanes) store_lanes(scales + j, lane_scales(bytes + j));
-        for (int i = 0; i < Q; ++i) scaled[i].set(p + i * ld, scales, n, largest[i] * kv_scale(top), middle);
+        for (int64_t j = 0; j < n; j += kLanes) store_lanes(scales + j, lane_scales(values.scales + g * kKvPage + j));
+        for (int i = 0; i < Q; ++i) scaled[i].set(p + i * ld, scales, n, middle);
         for (int64_t d = g * kKvGroup; d < (g + 1) * kKvGroup; d += 16) {
             ask_ahead<T>(values, d / 16, values.dim / 16);
             LaneInts sums[Q * kVectors];

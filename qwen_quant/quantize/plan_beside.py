@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from qwen_quant.quantize.experts import groups_of_experts
 from qwen_quant.quantize.gradients import POSITIONS
-from qwen_quant.quantize.layer_run import TOKENS_AT_ONCE
+from qwen_quant.quantize.inputs import TOKENS_AT_ONCE
 from qwen_quant.quantize.plan_layer import FLOAT, PIECE, CalibratedLayer, Stage, largest
 from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.quantize.sensitivity import GRADIENT_TOKENS, HESSIAN_TOKENS
@@ -23,8 +24,10 @@ from qwen_quant.spec import ModelSpec
 # Floats for each output of a token's projections that the backward pass of a layer keeps or makes.
 KEPT_ATTENTION, KEPT_MLP, KEPT_HIDDEN = 5, 6, 8
 HEAD = 1.5  # floats for each weight of the head while it is read
-# Copies of its weights while onnxruntime loads them: as stored, in FP32 or as they lie, and packed.
-LOADED = 3
+# Copies of the stored weights that a runtime holds at most: onnxruntime as stored, in FP32 or as they lie, and packed;
+# our engine packed, and what it packs; the reference model none, it reads a GPTQ checkpoint layer by layer.
+ONNXRUNTIME, ENGINE, STREAMED = 3.0, 1.2, 0.0
+LOGITS = 6  # of a window: of both, and their distributions
 
 
 def measuring(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) -> Stage:
@@ -81,22 +84,21 @@ def _losses(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) -> Ite
     yield Stage("embedding and head", 2 * hidden + _piece(tensors) + FLOAT * 6 * spec.hidden_size**2)
 
 
-def choosing(spec: ModelSpec, tensors: list[StoredTensor], tokens: int) -> Stage:
-    """Running both kinds of each product of an ONNX graph side by side, on windows of `tokens`."""
-    need = 2 * LOADED * _stored(tensors) + 2 * FLOAT * tokens * spec.vocab_size
-    remedy = "give more, or choose it yourself with --accuracy-level 0 or 4"
-    return Stage("choosing the precision of products", need, remedy)
-
-
 def checking(spec: ModelSpec, tensors: list[StoredTensor], tokens: int, copies: float) -> Stage:
-    """Running the reference model over `tokens`, layer by layer, and then what was written, of whose weights its
-    runtime holds so many `copies`."""
-    layers = [[t for t in tensors if t.info.layer == layer] for layer in range(spec.num_hidden_layers)]
-    logits = FLOAT * tokens * spec.vocab_size
-    reference = max(max(map(_floats, layers)), _piece(tensors) + logits)
-    need = logits + max(reference, copies * _stored(tensors) + 2 * logits)
-    return Stage("checking what was written", need, "give more, or leave it out with --no-verify")
-
-
-def _stored(tensors: list[StoredTensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+    """The check of what was written on windows of `tokens`: the reference model runs layer by layer, of experts a few
+    at a time, then window by window its head, beside the runtime with so many `copies` of the stored weights."""
+    resident = [
+        tensor for tensor in tensors if tensor.info.layer >= 0 and ".experts." not in tensor.info.name
+    ]
+    layers = [[t for t in resident if t.info.layer == layer] for layer in range(spec.num_hidden_layers)]
+    reference = max(map(_floats, layers))
+    if spec.moe is not None:
+        together = len(next(groups_of_experts(spec.moe, spec.hidden_size)))
+        reference += FLOAT * together * 3 * spec.moe.moe_intermediate_size * spec.hidden_size
+    running = copies * sum(tensor.nbytes for tensor in tensors)
+    running += LOGITS * FLOAT * tokens * spec.vocab_size + _piece(tensors)
+    return Stage(
+        "checking what was written",
+        max(reference, running),
+        "give more, or leave it out with --no-verify",
+    )

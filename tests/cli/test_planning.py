@@ -105,30 +105,22 @@ def test_other_programs_do_not_change_the_estimate(monkeypatch: pytest.MonkeyPat
 def test_measuring_losses_counts(cli: Callable, make_model: Callable, tmp_path: Path) -> None:
     # 40 layers: gradients are taken of hidden states that are kept at each of them.
     line = ["export", make_model(num_hidden_layers=40), "-o", tmp_path / "out", "--seq-len", "256"]
-    line += ["--num-samples", "16"]
+    line += ["--num-samples", "16", "--no-verify"]
     whole = cli(*line, "--target-bpw", "6", "--max-ram", "1M")
     assert (whole.code, whole.out, whole.err.count("\n")) == (1, "", 1)
     assert "measuring losses, gradients of layer" in whole.err and "fix the types with --type" in whole.err
     assert "measuring losses" not in cli(*line, "--type", "Q4_0", "--max-ram", "1M").err
 
 
-def test_the_check_of_a_folder_counts(cli: Callable, make_model: Callable, tmp_path: Path) -> None:
-    line = [
-        "export",
-        make_model(vocab_size=40_000),
-        "-o",
-        tmp_path / "out",
-        "--format",
-        "onnx",
-        "--type",
-        "int4",
-    ]
-    line += ["--group-size", "32", "--num-samples", "1", "--seq-len", "64", "--json"]
-    checked = cli(*line, "--dry-run").json
+@pytest.mark.parametrize("form", [["gptq"], ["export"], ["export", "--format", "onnx", "--type", "int4"]])
+def test_the_check_counts(form: list[str], cli: Callable, make_model: Callable, tmp_path: Path) -> None:
+    model = make_model(vocab_size=100_000)
+    line = [form[0], model, "-o", tmp_path / "out", *form[1:], "--num-samples", "1", "--seq-len", "64"]
+    line += ["--group-size", "32"] if form != ["export"] else ["--type", "Q4_0"]
+    checked = cli(*line, "--dry-run", "--json").json
     assert checked["worst_stage"] == "checking what was written"
-    least = cli(*line, "--dry-run", "--no-verify").json["peak_rss_mb"]
-    between = f"{(least + checked['peak_rss_mb']) / 2:.0f}M"
-    refused = cli(*line, "--max-ram", between)
+    least = cli(*line, "--dry-run", "--json", "--no-verify").json["peak_rss_mb"]
+    refused = cli(*line, "--max-ram", f"{(least + checked['peak_rss_mb']) / 2:.0f}M")
     assert refused.code == 1 and "--no-verify" in refused.err and refused.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
