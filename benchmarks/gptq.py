@@ -30,11 +30,11 @@ from peers import SCRIPTS, peer_command, peer_of, sampled_windows
 OURS = "qwen-quant"
 
 
-def timed(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
-    """Wall seconds and peak RSS in GB of a command. Exits with its output when it fails."""
+def timed(command: list[str], environment: dict[str, str], folder: str) -> tuple[float, float]:
+    """Wall seconds and peak RSS in GB of a command, run in `folder`. Exits with its output when it fails."""
     with tempfile.TemporaryFile() as log:
         began = time.monotonic()
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.monotonic() - began
         if status:
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=lambda text: Path(text).resolve())
     parser.add_argument("--peer", type=peer_of, action="append", default=[], metavar="NAME=PYTHON")
     parser.add_argument("--peer-dtype", default="bfloat16")
     parser.add_argument("--samples", type=int, default=32)
@@ -72,7 +72,7 @@ def main() -> None:
             )
         for _ in range(options.repeat):
             for name in options.only or commands:
-                seconds, gigabytes = timed(commands[name], environment)
+                seconds, gigabytes = timed(commands[name], environment, scratch)
                 results.setdefault(name, []).append([seconds, gigabytes])
                 print(f"{name:14s} {seconds:7.1f} s  {gigabytes:.2f} GB", flush=True)
                 shutil.rmtree(output, ignore_errors=True)

@@ -69,7 +69,7 @@ def peer_of(text: str) -> tuple[str, Path]:
     name, _, python = text.partition("=")
     if name not in SCRIPTS or not python:
         raise argparse.ArgumentTypeError(f"{text}: must be NAME=PYTHON, NAME one of {', '.join(SCRIPTS)}")
-    return name, Path(python)
+    return name, Path(python).absolute()  # not resolved: a link tells the environment
 
 
 def peer_command(name: str, python: Path, model: Path, windows: Path, output: Path, dtype: str) -> list[str]:
