@@ -25,6 +25,7 @@ import numpy as np
 from peers import checkpoint_in, peer_command, peer_of, sampled_windows
 
 CTX = 512
+ATTEMPTS = 5  # now and then llama-perplexity ends without the summary that it computed
 MEAN_KLD = re.compile(r"Mean\s+KLD:\s*(-?[\d.]+)\s*±\s*([\d.]+)")
 
 
@@ -100,11 +101,12 @@ class Peer:
 
     def mean_kld(self, file: Path) -> float:
         command = [*self._perplexity(file), "--kl-divergence-base", self.base, "--kl-divergence"]
-        text = run(command)
-        found = MEAN_KLD.search(text)
-        if found is None:
-            sys.exit(f"{text[-2000:]}\nllama-perplexity printed no mean KLD")
-        return float(found[1])
+        for _ in range(ATTEMPTS):
+            text = run(command)
+            found = MEAN_KLD.search(text)
+            if found is not None:
+                return float(found[1])
+        sys.exit(f"{text[-2000:]}\nllama-perplexity printed no mean KLD")
 
 
 def measure(file_type: str, options: argparse.Namespace, peer: Peer) -> Row:
