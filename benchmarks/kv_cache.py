@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import perplexity
 
 from qwen_quant.errors import QwenQuantError
 from qwen_quant.evaluate.report import HELD_OUT, evaluate
@@ -72,15 +73,10 @@ def llama_quality(options: argparse.Namespace, ctx: int) -> None:
         ]
         subprocess.run(common, check=True, capture_output=True)
         for kind in options.llama_types:
-            cache = ["--kl-divergence", "-ctk", kind, "-ctv", kind, "-fa", "on"]
-            lines: list[str] = []
-            while not lines:  # the tool may end before its table is printed
-                done = subprocess.run(common + cache, check=True, capture_output=True, text=True)
-                lines = [
-                    line
-                    for line in done.stdout.splitlines()
-                    if line.startswith(("Mean    KLD", "Mean PPL(Q) "))
-                ]
+            text = perplexity.divergence([*common, "-ctk", kind, "-ctv", kind, "-fa", "on"])
+            lines = [
+                line for line in text.splitlines() if line.startswith((perplexity.SUMMARY, "Mean PPL(Q) "))
+            ]
             print(f"llama.cpp {kind:5} {'; '.join(' '.join(line.split()) for line in lines)}", flush=True)
 
 

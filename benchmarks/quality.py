@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import perplexity
 from peers import checkpoint_in, peer_command, peer_of, sampled_windows
 
 CTX = 512
-ATTEMPTS = 5  # now and then llama-perplexity ends without the summary that it computed
 MEAN_KLD = re.compile(r"Mean\s+KLD:\s*(-?[\d.]+)\s*±\s*([\d.]+)")
 
 
@@ -100,13 +100,10 @@ class Peer:
         return output
 
     def mean_kld(self, file: Path) -> float:
-        command = [*self._perplexity(file), "--kl-divergence-base", self.base, "--kl-divergence"]
-        for _ in range(ATTEMPTS):
-            text = run(command)
-            found = MEAN_KLD.search(text)
-            if found is not None:
-                return float(found[1])
-        sys.exit(f"{text[-2000:]}\nllama-perplexity printed no mean KLD")
+        text = perplexity.divergence([*self._perplexity(file), "--kl-divergence-base", self.base])
+        found = MEAN_KLD.search(text)
+        assert found is not None
+        return float(found[1])
 
 
 def measure(file_type: str, options: argparse.Namespace, peer: Peer) -> Row:

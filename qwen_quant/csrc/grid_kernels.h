@@ -33,7 +33,7 @@ struct GroupsArgs {
 // One problem of the solver: columns of n rows each, a column's rows side by side. A stride is what lies between two columns.
 struct RoundColumnsArgs {
     int64_t columns, n;
-    float* target;  // what each column would best be decoded to; on return what it missed that by
+    float* target;  // what each column would best be decoded to; errors are spread into it
     int64_t ld_target;
     const float* scale;
     const float* offset;

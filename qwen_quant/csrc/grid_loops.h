@@ -51,7 +51,7 @@ struct Levels {
 
 template <class Grid>
 void round_column(const Grid& grid, const RoundColumnsArgs& a, int64_t column, int64_t begin, int64_t count) {
-    float* target = a.target + column * a.ld_target + begin;
+    const float* target = a.target + column * a.ld_target + begin;
     float* error = a.error + column * a.ld_error + begin;
     uint8_t* codes = a.codes + column * a.ld_codes + begin;
     const float* w = a.w + column * a.ld_w + begin;
@@ -61,7 +61,6 @@ void round_column(const Grid& grid, const RoundColumnsArgs& a, int64_t column, i
         const float code = grid.code(target[i], scale[i], offset[i]);
         const float value = grid.value(code, scale[i], offset[i]);
         codes[i] = static_cast<uint8_t>(static_cast<int>(code));
-        target[i] -= value;
         error[i] = w[i] - value;
     }
 }

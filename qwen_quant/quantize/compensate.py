@@ -75,8 +75,7 @@ def _round_columns(
 ) -> None:
     """Round the targets of a few columns [E, M, N], the last one first, each one's error spread into those before it.
 
-    Writes `codes` and the `error` against the weights `w`; leaves in `target` what each missed its target by. On a
-    CPU that is one compiled loop.
+    Writes `codes` and the `error` against the weights `w`. On a CPU that is one compiled loop.
     """
     if target.device.type != "cpu":
         _round_one_by_one(target, scales, grid, spread, w, codes, error)
@@ -94,7 +93,6 @@ def _round_one_by_one(
         code = grid.round(target[:, i], scale, offset)
         value = grid.value(code, scale, offset)
         codes[:, i] = code
-        target[:, i] -= value
         torch.sub(w[:, i], value, out=error[:, i])
         if i:
             target[:, :i].addcmul_(spread[:, i, :i, None], error[:, i, None])

@@ -97,10 +97,5 @@ def output_error(difference: Tensor, factor: Factor) -> Tensor:
     for start in range(0, k, BLOCK):
         columns = slice(start, start + BLOCK)
         found = torch.bmm(factor.spread[:, start:, columns].mT, difference[:, start:])
-        cost += spread_cost(found, factor, columns)
+        cost += found.mul_(factor.pivots[:, columns, None]).square_().sum(1, dtype=torch.float64)
     return factor.undamped(cost, difference)
-
-
-def spread_cost(found: Tensor, factor: Factor, columns: slice) -> Tensor:
-    """The squares of some columns of D L summed [E, N], of D spread [E, M, N] (overwritten)."""
-    return found.mul_(factor.pivots[:, columns, None]).square_().sum(1, dtype=torch.float64)

@@ -7,8 +7,7 @@ their stored order, so that no reader needs an index for it.
 Then codes and scales descend further together (descend.py).
 
 Errors are spread by the Cholesky factor of H itself (factor.py), in the form of Babai's nearest plane: it makes the
-same choices as the factor of H⁻¹ in the first paper (Chen et al. 2025, arXiv:2507.18553), needs no inverse, and the
-loss of the solve is known when it ends.
+same choices as the factor of H⁻¹ in the first paper (Chen et al. 2025, arXiv:2507.18553) and needs no inverse.
 
 Everything is done for a stack of problems at once (the experts of a layer); a dense layer is a stack of one.
 Shapes: E problems, N rows, K columns.
