@@ -31,6 +31,7 @@ class CalibrationOptions:
     seq_len: int
     seed: int
     damp_percent: float
+    correct_targets: bool
     device: str
     no_calibration: bool
     resume: bool
@@ -51,6 +52,7 @@ def recipe_of(options: CalibrationOptions, desc_act: bool = False) -> Recipe:
         seq_len=options.seq_len,
         seed=options.seed,
         damp_percent=options.damp_percent,
+        correct_targets=options.correct_targets,
         desc_act=desc_act,
         device=options.device,
     )

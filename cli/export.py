@@ -109,6 +109,7 @@ def command(
         ),
     ] = None,
     damp_percent: options.DampPercent = 0.01,
+    correct_targets: options.CorrectTargets = True,
     dataset: options.Dataset = "builtin",
     num_samples: options.NumSamples = 128,
     seq_len: options.SeqLen = 512,

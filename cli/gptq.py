@@ -42,6 +42,7 @@ def command(
         typer.Option("--desc-act/--no-desc-act", help="Solve columns by falling activation; writes g_idx."),
     ] = False,
     damp_percent: options.DampPercent = 0.01,
+    correct_targets: options.CorrectTargets = True,
     dataset: options.Dataset = "builtin",
     num_samples: options.NumSamples = 128,
     seq_len: options.SeqLen = 512,

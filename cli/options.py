@@ -67,6 +67,13 @@ NoCalibration = Annotated[
 DampPercent = Annotated[
     float, typer.Option("--damp-percent", help="Damping of the Hessian, as a share of its mean diagonal.")
 ]
+CorrectTargets = Annotated[
+    bool,
+    typer.Option(
+        "--correct-targets/--no-correct-targets",
+        help="Make up for what quantizing earlier layers did: better, but calibration computes each layer twice.",
+    ),
+]
 Dataset = Annotated[
     str,
     typer.Option("--dataset", help="'builtin', a .txt or .jsonl file, a folder, or a Hugging Face data set."),

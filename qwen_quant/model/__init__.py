@@ -1,7 +1,7 @@
 """The reference model in torch: the arithmetic that every quantized artifact is measured against."""
 
 from qwen_quant.model.cache import KVCache
-from qwen_quant.model.loading import load_expert, load_layer, load_model, new_rotary
+from qwen_quant.model.loading import load_expert, load_layer, load_model, new_layer, new_rotary
 from qwen_quant.model.transformer import DecoderLayer, Model, Rotary
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "load_expert",
     "load_layer",
     "load_model",
+    "new_layer",
     "new_rotary",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from qwen_quant.errors import CalibrationError
 from qwen_quant.quantize.ranks import each_on_its_rank, own_part
 
 LARGEST = 1e17  # activation whose square can be summed over thousands of tokens
-BLOCK = 256  # rows of a Hessian that are summed at once
+BLOCK = 256  # rows of a matrix of moments that are summed at once
 
 
 @contextlib.contextmanager
@@ -33,7 +33,8 @@ def fast_matmul() -> Iterator[None]:
 
 
 class Calibration:
-    """The second moments of one shared input: `hessian` [K, K] = mean over tokens of x xᵀ, FP32.
+    """The moments of one shared input: `hessian` [K, K] = mean over tokens of x xᵀ, and `lack` [M, K], the mean of y xᵀ
+    where a y [M] came with each x. FP32.
 
     The mean is kept rather than the sum: for the widest input it is the largest tensor of a run, once is enough.
     With `shared` all ranks see all inputs, and each of them sums some of the rows.
@@ -43,12 +44,15 @@ class Calibration:
         self.where = where
         self.n_tokens = 0
         self._shared = shared
-        self._blocks = [slice(start, min(start + BLOCK, k)) for start in range(0, k, BLOCK)]
         self._mean = torch.zeros(k, k, dtype=torch.float32, device=device)
+        self._lack: Tensor | None = None
         self._complete = True  # whether all rows are there, and what lies above the blocks on the diagonal
 
-    def add(self, x: Tensor) -> None:
-        """Count inputs x [..., K]. Raises CalibrationError when they are not finite, or their squares would not be."""
+    def add(self, x: Tensor, lack: Tensor | None = None) -> None:
+        """Count inputs x [..., K], and `lack` [..., M] with all or none.
+
+        Raises CalibrationError when inputs are not finite, or their squares would not be.
+        """
         x = x.reshape(-1, x.shape[-1])
         # One non-finite input makes its diagonal non-finite, so checking the mean later would find it too, but
         # checking here names the layer while the run is young.
@@ -63,26 +67,57 @@ class Calibration:
         if not len(x):
             return
         before, self.n_tokens = self.n_tokens, self.n_tokens + len(x)
-        # The lower triangle is half the work.
-        for rows in own_part(self._blocks) if self._shared else self._blocks:
-            self._mean[rows, : rows.stop].addmm_(
-                x[:, rows].T, x[:, : rows.stop], beta=before / self.n_tokens, alpha=1 / self.n_tokens
-            )
+        shares = {"beta": before / self.n_tokens, "alpha": 1 / self.n_tokens}
+        for rows in self._own(self._mean):  # the lower triangle is half the work
+            self._mean[rows, : rows.stop].addmm_(x[:, rows].T, x[:, : rows.stop], **shares)
+        if lack is not None:
+            lack = lack.reshape(-1, lack.shape[-1])
+            if self._lack is None:
+                self._lack = torch.zeros(lack.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+            for rows in self._own(self._lack):
+                self._lack[rows].addmm_(lack[:, rows].T, x, **shares)
         self._complete = False
 
     @property
     def hessian(self) -> Tensor:
         """The whole matrix [K, K]."""
-        if not self._complete:
-            if self._shared:
-                self._collect()
-            for rows in self._blocks:
-                self._mean[rows, rows.stop :] = self._mean[rows.stop :, rows].T
-            self._complete = True
+        self._finish()
         return self._mean
 
-    def _collect(self) -> None:
-        """Put in place what other ranks have summed."""
-        found = each_on_its_rank(lambda rows: self._mean[rows, : rows.stop], self._blocks)
-        for rows, part in zip(self._blocks, found, strict=True):
-            self._mean[rows, : rows.stop] = part
+    @property
+    def lack(self) -> Tensor | None:
+        """The whole matrix [M, K], if there is one."""
+        self._finish()
+        return self._lack
+
+    def _own(self, matrix: Tensor) -> Sequence[slice]:
+        """The rows of a matrix that this rank sums."""
+        return own_part(_blocks(matrix)) if self._shared else _blocks(matrix)
+
+    def _finish(self) -> None:
+        """Put in place what other ranks have summed, and what lies above the diagonal."""
+        if self._complete:
+            return
+        if self._shared:
+            _collect(self._mean, triangle=True)
+            if self._lack is not None:
+                _collect(self._lack, triangle=False)
+        for rows in _blocks(self._mean):
+            self._mean[rows, rows.stop :] = self._mean[rows.stop :, rows].T
+        self._complete = True
+
+
+def _blocks(matrix: Tensor) -> list[slice]:
+    """The rows of a matrix, some at a time."""
+    return [slice(start, min(start + BLOCK, len(matrix))) for start in range(0, len(matrix), BLOCK)]
+
+
+def _collect(matrix: Tensor, triangle: bool) -> None:
+    """Give every rank the rows that others have summed, the `triangle` below the diagonal or all of each."""
+
+    def summed(rows: slice) -> Tensor:
+        return matrix[rows, : rows.stop if triangle else None]
+
+    blocks = _blocks(matrix)
+    for rows, part in zip(blocks, each_on_its_rank(summed, blocks), strict=True):
+        matrix[rows, : rows.stop if triangle else None] = part

@@ -18,24 +18,34 @@ def batches_of(hidden: Tensor, routed: bool = False) -> tuple[Tensor, ...]:
     return hidden.split(max(1, (ROUTED_AT_ONCE if routed else TOKENS_AT_ONCE) // hidden.shape[1]))
 
 
-class Inputs:
-    """What a stage's linears read, batch by batch: first for their Hessian, then, solved, for their outputs.
+OfBatch = Callable[[int, Tensor], Tensor]  # of a batch's number and what it makes a stage's linears read
 
-    Kept in between, or computed a second time. Each batch belongs to one rank.
+
+class Inputs:
+    """What a stage's linears read, batch by batch: first for their moments, then, solved, for their outputs.
+
+    Kept in between, or computed a second time. Each batch belongs to one rank, the same in all stages. With `lack`,
+    inputs come with what it says they lack (targets.py).
     """
 
-    def __init__(self, compute: Callable[[Tensor], Tensor], batches: tuple[Tensor, ...], keep: bool) -> None:
-        self._compute, self._batches, self._keep = compute, batches, keep
+    def __init__(
+        self,
+        compute: Callable[[Tensor], Tensor],
+        batches: tuple[Tensor, ...],
+        keep: bool = False,
+        lack: OfBatch | None = None,
+    ) -> None:
+        self._compute, self._batches, self._keep, self._lack = compute, batches, keep, lack
         self._kept: dict[int, Tensor] = {}
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         return each_on_its_rank(self._first, range(len(self._batches)))
 
-    def _first(self, number: int) -> Tensor:
+    def _first(self, number: int) -> tuple[Tensor, Tensor | None]:
         x = self._compute(self._batches[number])
         if self._keep:
             self._kept[number] = x
-        return x
+        return x, None if self._lack is None else self._lack(number, x)
 
     def outputs(self, function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         """What `function` makes of each batch; what was kept is let go."""

@@ -18,9 +18,11 @@ from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales
 from qwen_quant.model.transformer import RMSNorm
 from qwen_quant.quantize.calibration import Calibration
 from qwen_quant.quantize.gptq import Input, Solution, solve_input
+from qwen_quant.quantize.inputs import Inputs, batches_of
 from qwen_quant.quantize.layer import LinearReport, QuantizedLayer, Stopwatch
 from qwen_quant.quantize.ranks import each_on_its_rank
 from qwen_quant.quantize.recipe import GridChoice, Recipe
+from qwen_quant.quantize.targets import lack_of_inputs
 from qwen_quant.spec import TensorInfo
 
 OUTER = -1  # the number of what lies outside the layers
@@ -36,16 +38,17 @@ def outer_grids(checkpoint: Checkpoint, grids: GridChoice) -> dict[str, AffineGr
 
 
 def solve_outer(
-    checkpoint: Checkpoint, grids: GridChoice, recipe: Recipe, batches: tuple[Tensor, ...]
+    checkpoint: Checkpoint, grids: GridChoice, recipe: Recipe, hidden: Tensor, exact: Tensor | None = None
 ) -> QuantizedLayer:
-    """Quantize embedding and head; `batches` [samples, seq, hidden] come out of the last layer."""
+    """Quantize embedding and head; `hidden` [samples, seq, hidden] came out of the last layer, and `exact` in full
+    precision: where it is known the head aims at its logits (targets.py)."""
     watch, result = Stopwatch(), QuantizedLayer(OUTER)
     spec, chosen = checkpoint.spec, outer_grids(checkpoint, grids)
     for info in spec.outer_tensors():
         if info.name not in chosen:
             continue
         if info.role == "head" or spec.tie_word_embeddings:
-            moments = final_moments(checkpoint, batches)
+            moments = final_moments(checkpoint, hidden, exact)
             watch.lap("calibrate")
             _solve_head(checkpoint, info, chosen[info.name], moments, recipe, result)
         else:
@@ -56,14 +59,19 @@ def solve_outer(
     return result
 
 
-def final_moments(checkpoint: Checkpoint, batches: tuple[Tensor, ...]) -> Calibration:
-    """What the head reads."""
+def final_moments(checkpoint: Checkpoint, hidden: Tensor, exact: Tensor | None = None) -> Calibration:
+    """What the head reads, and what it lacks of that."""
     spec, name = checkpoint.spec, f"{checkpoint.spec.names.norm}.weight"
-    norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps).to(batches[0].device).requires_grad_(False)
+    norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps).to(hidden.device).requires_grad_(False)
     norm.weight.copy_(torch.from_numpy(checkpoint.read(name)))
-    moments = Calibration(spec.hidden_size, name, batches[0].device, shared=True)
-    for part in batches:
-        moments.add(norm(part))
+    reference = batches_of(hidden if exact is None else exact)
+
+    def lack(number: int, x: Tensor) -> Tensor:
+        return norm(reference[number]) - x
+
+    moments = Calibration(spec.hidden_size, name, hidden.device, shared=True)
+    for x, missing in Inputs(norm, batches_of(hidden), lack=None if exact is None else lack):
+        moments.add(x, missing)
     return moments
 
 
@@ -89,6 +97,8 @@ def _solve_head(
 
     def solved(rows: slice) -> Solution:
         weight = torch.from_numpy(checkpoint.source.read(info.name, rows)).to(hessian.device)
+        if moments.lack is not None:
+            weight = shared.nearest(weight, lack_of_inputs(weight, moments.lack))
         [[solution]] = solve_input([weight[None]], shared, [grid])
         return solution
 

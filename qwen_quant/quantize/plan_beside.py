@@ -76,7 +76,7 @@ def _gradients(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) -> 
 
 def _losses(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) -> Iterator[Stage]:
     """The layers once more, each tensor tried on all grids of its menu; then embedding and head, some rows of them."""
-    few = replace(recipe, num_samples=_windows(recipe, HESSIAN_TOKENS))
+    few = replace(recipe, num_samples=_windows(recipe, HESSIAN_TOKENS), correct_targets=False)
     for layer in range(spec.num_hidden_layers):
         mine = [tensor for tensor in tensors if tensor.info.layer == layer]
         yield CalibratedLayer(spec, layer, mine, few, True).plan().worst

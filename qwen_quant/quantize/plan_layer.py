@@ -4,6 +4,9 @@ Memory in FP32 values unless said otherwise. T: calibration tokens; B: tokens of
 intermediate size; E problems of W [N, K] share a solve.
 
     always            hidden states T·H, non-expert weights of one layer, codes of its solved weights (1 byte each)
+    targets           hidden states in full precision T·H; beside a Hessian what is lacking: K² of inputs, N·K of
+                      outputs; the weights N·K that are solved instead of W; while a part of the layer runs, its
+                      weights twice and the activations of B tokens twice
     attention         contexts T·q_size, unless they are computed again; activations of B tokens
     MLP               gated activations T·F, unless they are computed again; activations of B tokens
     a shared input    its Hessian K²
@@ -133,6 +136,11 @@ class CalibratedLayer:
         return min(self.tokens, max(self.recipe.seq_len, limit))
 
     @property
+    def states(self) -> float:
+        """Bytes of the hidden states, of those in full precision too where targets are corrected."""
+        return FLOAT * self.tokens * self.spec.hidden_size * (2 if self.recipe.correct_targets else 1)
+
+    @property
     def moe(self) -> MoESpec | None:
         return self.spec.moe if self.spec.is_sparse(self.layer) else None
 
@@ -141,37 +149,49 @@ class CalibratedLayer:
         hidden_size, q, qkv = spec.hidden_size, spec.q_size, spec.q_size + 2 * spec.kv_size
         # An expert's name holds its number, a stack of experts in GGUF's does not; both have `.experts.`.
         resident = [t for t in self.tensors if ".experts." not in t.info.name]
-        hidden = FLOAT * tokens * hidden_size
+        hidden = self.states
+        twice = 2 if self.recipe.correct_targets else 1
         held = hidden + FLOAT * _weights(resident)
         contexts = FLOAT * tokens * q if self.keep_activations else 0
-        activations = FLOAT * at_once * (ATTENTION_FLOATS * qkv + 3 * hidden_size)
+        activations = twice * FLOAT * at_once * (ATTENTION_FLOATS * qkv + 3 * hidden_size)
+        originals = FLOAT * (twice - 1) * qkv * hidden_size
         solved = CODE * (qkv * hidden_size)
         yield Stage("reading", hidden + FLOAT * _weights(resident) + 3 * largest(resident))
-        yield Stage("solving q, k and v", held + solve_bytes(1, qkv, hidden_size))
-        yield Stage("attention", held + solved + contexts + activations + FLOAT * q * q)
-        yield Stage("solving o", held + solved + contexts + solve_bytes(1, hidden_size, q))
+        yield Stage("solving q, k and v", held + self._solve(qkv, hidden_size, hidden_size))
+        moments = FLOAT * q * (q + (twice - 1) * hidden_size)
+        yield Stage("attention", held + solved + originals + contexts + activations + moments)
+        yield Stage("solving o", held + solved + contexts + self._solve(hidden_size, q, hidden_size))
         codes = CODE * _weights([t for t in self.tensors if t.quantized])
         if self.moe is None:
-            yield from self._mlp("", held + solved, spec.intermediate_size, self.keep_activations)
+            aimed = self.recipe.correct_targets
+            yield from self._mlp("", held + solved, spec.intermediate_size, self.keep_activations, aimed)
         else:
             routes = tokens * self.moe.num_experts_per_tok * 12
-            held += hidden + routes
+            held += FLOAT * tokens * hidden_size + routes
             yield from self._experts(self.moe, held + codes)
             if self.moe.shared_expert_intermediate_size is not None:
                 ffn = self.moe.shared_expert_intermediate_size
-                yield from self._mlp("the shared expert's ", held + codes, ffn, keep=False)
+                yield from self._mlp("the shared expert's ", held + codes, ffn, keep=False, aimed=False)
         yield Stage("writing", hidden + codes + _packing(self.tensors))
 
-    def _mlp(self, whose: str, held: float, ffn: int, keep: bool) -> Iterator[Stage]:
+    def _solve(self, rows: int, columns: int, lack: int, aimed: bool = True) -> float:
+        """Bytes of a solve of weights [rows, columns], for targets where `aimed`: `lack` rows of moments beside it."""
+        aiming = FLOAT * columns * (rows + lack) if aimed and self.recipe.correct_targets else 0
+        return solve_bytes(1, rows, columns) + aiming
+
+    def _mlp(self, whose: str, held: float, ffn: int, keep: bool, aimed: bool) -> Iterator[Stage]:
         hidden_size = self.spec.hidden_size
-        yield Stage(f"solving {whose}gate and up", held + solve_bytes(1, 2 * ffn, hidden_size))
+        solving = self._solve(2 * ffn, hidden_size, hidden_size, aimed)
+        yield Stage(f"solving {whose}gate and up", held + solving)
         held += CODE * 2 * ffn * hidden_size
         held += FLOAT * self.tokens * ffn if keep else 0
         # Where there are experts, the shared one's outputs are computed with theirs.
         at_once = self.at_once(ROUTED_AT_ONCE if self.moe else TOKENS_AT_ONCE)
-        activations = at_once * (MLP_FLOATS * ffn + 3 * hidden_size)
-        yield Stage(f"running {whose}gate and up", held + FLOAT * (activations + ffn * ffn))
-        yield Stage(f"solving {whose}down", held + solve_bytes(1, hidden_size, ffn))
+        running = at_once * (MLP_FLOATS * ffn + 3 * hidden_size)
+        if aimed:  # the originals of gate and up, and what down lacks
+            running += running + 3 * ffn * hidden_size
+        yield Stage(f"running {whose}gate and up", held + FLOAT * (running + ffn * ffn))
+        yield Stage(f"solving {whose}down", held + self._solve(hidden_size, ffn, hidden_size, aimed))
 
     def _experts(self, moe: MoESpec, held: float) -> Iterator[Stage]:
         """The largest group of experts, whose tokens are at most those of a forward pass at a time."""
@@ -193,8 +213,18 @@ class CalibratedLayer:
         attention = 2 * tokens * hidden_size * qkv + 4 * tokens * self.recipe.seq_len * q
         work = Work(matmul=passes * attention + 2 * tokens * q * hidden_size)
         work += hessian_and_solve(1, tokens, qkv, hidden_size) + hessian_and_solve(1, tokens, hidden_size, q)
+        if self.recipe.correct_targets:
+            work += Work(matmul=attention) + aiming_work(tokens, qkv, hidden_size, hidden_size)
+            work += Work(matmul=4 * tokens * q * hidden_size) + aiming_work(
+                tokens, hidden_size, q, hidden_size
+            )
         if self.moe is None:
-            work += self._mlp_work(1, tokens, spec.intermediate_size, passes)
+            ffn = spec.intermediate_size
+            work += self._mlp_work(1, tokens, ffn, passes)
+            if self.recipe.correct_targets:
+                work += aiming_work(tokens, 2 * ffn, hidden_size, hidden_size)
+                work += aiming_work(tokens, hidden_size, ffn, hidden_size)
+                work += Work(matmul=8 * tokens * hidden_size * ffn)
         else:
             moe = self.moe
             routed = tokens * moe.num_experts_per_tok / moe.num_experts
@@ -204,6 +234,8 @@ class CalibratedLayer:
             if routed < COLD * ffn:  # down_proj of a cold expert sees the layer's first tokens as well
                 first = min(tokens, COLD * ffn)
                 pool += moe.num_experts * (4 * first * hidden_size * ffn + hessian_work(first, ffn))
+            if self.recipe.correct_targets:
+                pool += 6 * tokens * moe.num_experts_per_tok * hidden_size * ffn
             work += Work(matmul=pool)
             if moe.shared_expert_intermediate_size is not None:
                 work += self._mlp_work(1, tokens, moe.shared_expert_intermediate_size)
@@ -243,6 +275,11 @@ def solver_work(rows: int, columns: int) -> float:
     measuring three errors of some rows (N·K² each)."""
     measured = 3 / MEASURED if rows >= LARGE else 3
     return (1 + 2 * SWEEPS + measured) * rows * columns**2
+
+
+def aiming_work(tokens: float, rows: int, columns: int, lack: int) -> Work:
+    """Correcting the targets of weights [rows, columns]: moments with `lack` rows, and two triangular systems."""
+    return Work(matmul=2 * tokens * lack * columns + 2 * rows * columns**2)
 
 
 def hessian_and_solve(problems: int, tokens: float, rows: int, columns: int) -> Work:

@@ -16,7 +16,8 @@ GridChoice = Callable[[TensorInfo], AffineGrid | None]  # None leaves the tensor
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to calibrate and solve. `calibrate=False` is plain rounding on the same grids."""
+    """How to calibrate and solve. `calibrate=False` is plain rounding on the same grids; `correct_targets` aims at
+    the outputs in full precision (targets.py)."""
 
     calibrate: bool = True
     dataset: str = "builtin"
@@ -25,6 +26,7 @@ class Recipe:
     seed: int = 0
     damp_percent: float = 0.01
     desc_act: bool = False
+    correct_targets: bool = True
     device: str = "cpu"
 
     def __post_init__(self) -> None:

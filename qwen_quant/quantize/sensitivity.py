@@ -22,13 +22,13 @@ from qwen_quant.quantize.calibration import Calibration, fast_matmul
 from qwen_quant.quantize.experts import shrunk
 from qwen_quant.quantize.gptq import Input, solve_input
 from qwen_quant.quantize.gradients import Gradients, output_gradients
-from qwen_quant.quantize.inputs import batches_of
 from qwen_quant.quantize.layer_run import LayerRun
 from qwen_quant.quantize.outer import final_moments, tied_hessian
 from qwen_quant.quantize.ranks import each_on_its_rank, joined
 from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.quantize.resume import Fingerprint, LayerStore, Losses, fingerprint
 from qwen_quant.quantize.stream import embedded, pick_device
+from qwen_quant.quantize.targets import Lack
 from qwen_quant.spec import TensorInfo
 
 Menu = Callable[[TensorInfo], Sequence[AffineGrid]]  # the grids that a tensor may lie on
@@ -107,7 +107,7 @@ class _MeasuringRun(LayerRun):
         self.menu, self.gradients = menu, gradients
         self.losses: Losses = {}
 
-    def _quantize(self, stage: tuple[str, ...], moments: Calibration) -> None:
+    def _quantize(self, stage: tuple[str, ...], moments: Calibration, lack: Lack) -> None:
         shared = Input.of(moments.hessian[None], self.recipe.damp_percent)
         for found in each_on_its_rank(lambda name: self._measure(name, shared), stage):
             self.losses |= found
@@ -174,7 +174,7 @@ def _outer_losses(
         drawn = np.random.default_rng(recipe.seed).choice(spec.vocab_size, 4 * ROWS, p=share)
         rows, where = np.unique(drawn, return_inverse=True)
         weight = torch.from_numpy(checkpoint.source.read_rows(info.name, rows)).to(hidden.device)
-        moments = final_moments(checkpoint, batches_of(hidden)).hessian
+        moments = final_moments(checkpoint, hidden).hessian
         hessian = tied_hessian(moments) if spec.tie_word_embeddings else moments
         shared = Input.of(hessian[None], recipe.damp_percent)
         losses[info.name] = {}

@@ -19,9 +19,9 @@ from qwen_quant.grids.base import AffineGrid
 from qwen_quant.model import new_rotary
 from qwen_quant.progress import progress
 from qwen_quant.quantize.calibration import fast_matmul
-from qwen_quant.quantize.inputs import batches_of
 from qwen_quant.quantize.layer import QuantizedLayer
-from qwen_quant.quantize.layer_run import LayerRun, recipe_record
+from qwen_quant.quantize.layer_run import LayerRun
+from qwen_quant.quantize.layer_weights import recipe_record
 from qwen_quant.quantize.outer import OUTER, outer_grids, solve_outer
 from qwen_quant.quantize.ranks import device_here, joined, on_one_rank
 from qwen_quant.quantize.recipe import GridChoice, Recipe
@@ -109,12 +109,13 @@ def _layers(
     spec = checkpoint.spec
     device = pick_device(recipe.device)
     hidden = embedded(checkpoint, windows).to(device)  # [samples, seq, hidden]
+    exact = hidden.clone() if recipe.correct_targets else None  # the same in full precision
     table = new_rotary(spec).to(device)(0, windows.shape[1])
 
     def solved(index: int) -> QuantizedLayer:
         # The run and its weights are gone before the layer is handed on and before the next one is read.
         run = LayerRun(checkpoint, index, grids, recipe, device, keep_activations)
-        return _stored_or_solved(run, store, hidden, table)
+        return _stored_or_solved(run, store, hidden, table, exact)
 
     outer = outer_grids(checkpoint, grids)
     with progress("GPTQ", spec.num_hidden_layers + bool(outer)) as advance, torch.no_grad():
@@ -125,15 +126,19 @@ def _layers(
             advance(1, f"layer {index}")
         if outer:
             with fast_matmul():
-                result = _stored_or_solved_outer(checkpoint, grids, recipe, store, hidden)
+                result = _stored_or_solved_outer(checkpoint, grids, recipe, store, hidden, exact)
             yield result
             advance(1, "embedding and head")
 
 
 def _stored_or_solved(
-    run: LayerRun, store: LayerStore | None, hidden: Tensor, table: tuple[Tensor, Tensor]
+    run: LayerRun,
+    store: LayerStore | None,
+    hidden: Tensor,
+    table: tuple[Tensor, Tensor],
+    exact: Tensor | None,
 ) -> QuantizedLayer:
-    """The layer from `store` or solved now (and stored); `hidden` has passed through it afterwards."""
+    """The layer from `store` or solved now (and stored); the hidden states have passed through it afterwards."""
     marks: Fingerprint = {}
 
     def load() -> QuantizedLayer | None:
@@ -144,10 +149,10 @@ def _stored_or_solved(
 
     kept = on_one_rank(load)
     if kept is not None:
-        run.replay(kept, hidden, table)
+        run.replay(kept, hidden, table, exact)
         return kept
     run.watch.lap("hash")
-    result = run.solve_all(hidden, table)
+    result = run.solve_all(hidden, table, exact)
     result.parts = run.watch.seconds
     result.seconds = sum(result.parts.values())
     if store is not None:
@@ -156,9 +161,14 @@ def _stored_or_solved(
 
 
 def _stored_or_solved_outer(
-    checkpoint: Checkpoint, grids: GridChoice, recipe: Recipe, store: LayerStore | None, hidden: Tensor
+    checkpoint: Checkpoint,
+    grids: GridChoice,
+    recipe: Recipe,
+    store: LayerStore | None,
+    hidden: Tensor,
+    exact: Tensor | None,
 ) -> QuantizedLayer:
-    """The same for what lies outside the layers; `hidden` came out of the last one."""
+    """The same for what lies outside the layers; the hidden states came out of the last one."""
     chosen = outer_grids(checkpoint, grids)
     marks: Fingerprint = {}
 
@@ -173,7 +183,7 @@ def _stored_or_solved_outer(
     kept = on_one_rank(load)
     if kept is not None:
         return kept
-    result = solve_outer(checkpoint, grids, recipe, batches_of(hidden))
+    result = solve_outer(checkpoint, grids, recipe, hidden, exact)
     if store is not None:
         store.save(result, marks)
     return result

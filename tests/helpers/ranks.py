@@ -15,7 +15,7 @@ import torch
 
 from qwen_quant.cli import main
 from qwen_quant.errors import CalibrationError
-from qwen_quant.quantize import calibration, experts, gptq, inputs, layer_run
+from qwen_quant.quantize import calibration, experts, gptq, inputs, layer_run, layer_weights
 
 # What takes long to import, for all processes at once.
 IMPORTED = ["qwen_quant.cli.app", "qwen_quant.exporters.gguf_budget", "qwen_quant.quantize.sensitivity"]
@@ -40,8 +40,8 @@ def die(*_: object, **__: object) -> None:
 # What can go wrong: in a piece of work, between pieces, and without a word.
 SABOTAGE: dict[str, tuple[object, str, Callable[..., None]]] = {
     "in a piece": (layer_run.LayerRun, "_context", fail),
-    "between pieces": (layer_run, "load_layer", fail),
-    "killed": (layer_run, "load_layer", die),
+    "between pieces": (layer_weights, "load_layer", fail),
+    "killed": (layer_weights, "load_layer", die),
 }
 
 

@@ -1,4 +1,4 @@
-"""Hessians: the lower triangle in blocks of rows, whatever the pieces that inputs come in."""
+"""Moments: in blocks of rows, of Hessians the lower triangle, whatever the pieces that inputs come in."""
 
 from __future__ import annotations
 
@@ -20,13 +20,19 @@ from qwen_quant.quantize.calibration import Calibration
 def test_it_is_the_mean_of_the_outer_products(k: int, lengths: list[int], block: int) -> None:
     generator = torch.Generator().manual_seed(k)
     x = torch.randn(sum(lengths), k, generator=generator)
+    y = torch.randn(sum(lengths), 40, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "BLOCK", block)
         moments = Calibration(k, "here")
-        for part in x.split(lengths):
-            moments.add(part)
+        for part, lack in zip(x.split(lengths), y.split(lengths), strict=True):
+            moments.add(part, lack)
             mirrored = moments.hessian  # what is read in between changes nothing
             torch.testing.assert_close(mirrored, mirrored.T)
     assert moments.n_tokens == len(x)
     expected = x.double().T @ x.double() / max(len(x), 1)
     torch.testing.assert_close(moments.hessian.double(), expected, rtol=1e-4, atol=1e-5)
+    if len(x):
+        assert moments.lack is not None
+        torch.testing.assert_close(
+            moments.lack.double(), y.double().T @ x.double() / len(x), rtol=1e-4, atol=1e-5
+        )

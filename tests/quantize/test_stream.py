@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,8 @@ def test_calibration_sees_the_quantized_prefix(make_checkpoint: Callable[..., Pa
     checkpoint = Checkpoint(make_checkpoint())
     tokens = windows()
     model = load_model(checkpoint)
-    for layer in gptq_layers(checkpoint, linear_grid(IntGrid(2, 32)), tokens, RECIPE):
+    plain = replace(RECIPE, correct_targets=False)  # whose errors are those of the checkpoint's weights
+    for layer in gptq_layers(checkpoint, linear_grid(IntGrid(2, 32)), tokens, plain):
         for name, tensor in layer.tensors.items():
             model.get_submodule(name.removesuffix(".weight")).weight.data = torch.from_numpy(tensor.decode())
     # The second layer's own error, measured on the quantized model's activations, must be what was reported.

@@ -1,0 +1,111 @@
+"""What a decoder layer's linears should give: not what they make of their inputs, which the quantized layers before
+have changed already, but what they give in the model that is not quantized.
+
+GPTQ's target for inputs x̂ is W x̂. In full precision the inputs are x and the outputs W x; and what o and down give is
+added to hidden states h, where quantizing has made ĥ. So q, k, v, gate and up lack W (x - x̂), and o and down lack
+W (x - x̂) + h - ĥ. The weights that come nearest to what W gives and lacks are
+
+    W' = argmin E|W' x̂ - (W x̂ + lack)|² + λ |W' - W|² = W + E[lack x̂ᵀ] (H + λ)⁻¹
+
+with λ the solver's damping, and these are rounded instead of W. Without the hidden states' part it is the objective of
+GPTAQ (Li et al. 2025, arXiv:2504.02692), solved before rounding instead of column by column.
+
+It takes the same tokens' hidden states in full precision, which go through the layer beside the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen_quant.model import DecoderLayer, new_layer
+from qwen_quant.model.mlp import MLP
+from qwen_quant.quantize.inputs import OfBatch, batches_of
+from qwen_quant.quantize.ranks import each_on_its_rank
+from qwen_quant.spec import ModelSpec
+
+Batches = tuple[Tensor, ...]
+Table = tuple[Tensor, Tensor]
+Lack = Callable[
+    [Tensor, Tensor], Tensor
+]  # from a weight [N, K] and a lack's moments [M, K] to its outputs' [N, K]
+
+
+def lack_of_inputs(weight: Tensor, moments: Tensor) -> Tensor:
+    """What outputs lack where inputs lack the `moments` E[(x - x̂) x̂ᵀ] [K, K]."""
+    return weight @ moments
+
+
+def lack_of_outputs(weight: Tensor, moments: Tensor) -> Tensor:
+    """What outputs lack where the moments are their own."""
+    return moments
+
+
+class Reference:
+    """A decoder layer in full precision, and the hidden states [samples, seq, hidden] that it carries along, in place.
+
+    Its weights are those of `layer` now; giving `layer` others leaves them as they are. Batches have the numbers of
+    `batches_of`, and each is carried by its rank.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, index: int, layer: DecoderLayer, hidden: Tensor, table: Table
+    ) -> None:
+        self._names, self._table = spec.names, table
+        self._layer = _alike(spec, index, layer)
+        self._batches = batches_of(hidden)
+
+    def attention_lack(self, number: int, x: Tensor) -> Tensor:
+        """By how much inputs x of q, k and v differ from those in full precision."""
+        return self._layer.attention_input(self._batches[number]) - x
+
+    def mlp_lack(self, number: int, x: Tensor) -> Tensor:
+        """The same of gate and up."""
+        return self._layer.mlp_input(self._batches[number]) - x
+
+    def after_attention(self, hidden: Batches) -> OfBatch:
+        """What o lacks [..., hidden] with inputs x of a batch, before it is added to `hidden`; carries the batch past
+        it."""
+
+        def lack(number: int, x: Tensor) -> Tensor:
+            own = self._layer.attend(self._layer.attention_input(self._batches[number]), self._table)
+            return self._added(number, self._names.output, own, x, hidden)
+
+        return lack
+
+    def after_mlp(self, hidden: Batches) -> OfBatch:
+        """The same of down."""
+        mlp = self._layer.mlp
+        assert isinstance(mlp, MLP)
+
+        def lack(number: int, x: Tensor) -> Tensor:
+            own = mlp.gated(self._layer.mlp_input(self._batches[number]))
+            return self._added(number, self._names.mlp[-1], own, x, hidden)
+
+        return lack
+
+    def _added(self, number: int, name: str, own: Tensor, x: Tensor, hidden: Batches) -> Tensor:
+        linear, batch = self._layer.get_submodule(name), self._batches[number]
+        assert isinstance(linear, nn.Linear)
+        lack = F.linear(own - x, linear.weight) + (batch - hidden[number])
+        batch.add_(linear(own))
+        return lack
+
+    def passed(self, *names: str) -> None:
+        """All batches are past the linears of these names: let their weights go, and all ranks know all batches."""
+        for name in names:
+            self._layer.get_submodule(name).to("meta")
+        found = each_on_its_rank(lambda number: self._batches[number], range(len(self._batches)))
+        for batch, carried in zip(self._batches, found, strict=True):
+            batch.copy_(carried)
+
+
+def _alike(spec: ModelSpec, index: int, layer: DecoderLayer) -> DecoderLayer:
+    """A layer of its own around the same tensors."""
+    with torch.device("meta"):
+        copy = new_layer(spec, index)
+    copy.load_state_dict(layer.state_dict(), assign=True)
+    return copy.requires_grad_(False)

@@ -1,0 +1,148 @@
+"""Targets: what each linear lacks is measured between two whole models, and making up for it lowers the divergence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qwen_quant import calib_data
+from qwen_quant.checkpoint import Checkpoint
+from qwen_quant.errors import CalibrationError
+from qwen_quant.grids import IntGrid
+from qwen_quant.model import Model, load_model
+from qwen_quant.quantize import layer_run
+from qwen_quant.quantize.gptq import Input
+from qwen_quant.quantize.recipe import Recipe, linear_grid
+from qwen_quant.quantize.stream import gptq_layers
+from qwen_quant.tokenizer import Tokenizer
+
+RECIPE = Recipe(num_samples=8, seq_len=64)
+GRID = IntGrid(4, 32)
+WINDOWS = np.random.default_rng(0).integers(0, 320, (8, 64)).astype(np.int32)
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+MOE = {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "head_dim": None,
+    "shared_expert_intermediate_size": 96,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+# What each linear's outputs are added to is what this module of its layer reads.
+ADDED_TO = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
+
+
+def quantized(checkpoint: Checkpoint, windows: np.ndarray, recipe: Recipe) -> Model:
+    """The model with its layers quantized and decoded."""
+    model = load_model(checkpoint)
+    for layer in gptq_layers(checkpoint, linear_grid(GRID), windows, recipe):
+        for name, tensor in layer.tensors.items():
+            model.get_submodule(name.removesuffix(".weight")).weight.data = torch.from_numpy(tensor.decode())
+    return model
+
+
+def read_by(model: Model, names: list[str], tokens: Tensor) -> dict[str, Tensor]:
+    """What modules read, [tokens, size]."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: found.update({name: inputs[0].flatten(0, -2)})
+
+    hooks = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    with torch.no_grad():
+        model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("changes", [{}, QWEN2, MOE], ids=["qwen3", "qwen2", "moe"])
+def test_what_is_lacking(
+    changes: dict[str, Any], make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linears see a prefix that stays as it is once it is quantized: two forward passes tell what each lacked."""
+    checkpoint = Checkpoint(make_checkpoint(**changes))
+    lacking: list[Tensor] = []
+    solve = layer_run.solve
+
+    def watched(weights: list[Tensor], *rest: Any, lacks: Any, **options: Any) -> Any:
+        lacks = [torch.zeros_like(weight) for weight in weights] if lacks is None else list(lacks)
+        lacking.extend(lacks)
+        return solve(weights, *rest, lacks=lacks, **options)
+
+    monkeypatch.setattr(layer_run, "solve", watched)
+    whole, tokens = load_model(checkpoint), torch.from_numpy(WINDOWS).long()
+    model = quantized(checkpoint, WINDOWS, RECIPE)
+    linears = [
+        info.name.removesuffix(".weight")
+        for info in checkpoint.spec.tensors()
+        if info.role == "linear" and info.expert < 0
+    ]
+    order = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    linears.sort(key=lambda name: (name.split(".")[2], order.index(name.split(".")[-1])))
+    layers = {name: name[: name.index(".", len("model.layers."))] for name in linears}
+    names = linears + [f"{layers[name]}.{norm}" for name in linears for norm in ADDED_TO.values()]
+    with_prefix, exact = read_by(model, names, tokens), read_by(whole, names, tokens)
+    assert len(lacking) == len(linears)
+    for name, found in zip(linears, lacking, strict=True):
+        x, weight = with_prefix[name], whole.get_submodule(name).weight
+        expected = (exact[name] - x) @ weight.T
+        norm = ADDED_TO.get(name.removeprefix(f"{layers[name]}."))
+        if norm is not None:
+            expected += exact[f"{layers[name]}.{norm}"] - with_prefix[f"{layers[name]}.{norm}"]
+        if "shared_expert" in name:  # beside experts, whose targets are their own outputs
+            expected = torch.zeros_like(expected)
+        expected = expected.T @ x / len(x)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(x.square().mean()))
+
+
+def test_the_nearest_weights_are_those_of_least_squares() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(300, 48, generator=generator), torch.randn(300, 24, generator=generator)
+    x[:, 5] *= 30
+    w = torch.randn(24, 48, generator=generator)
+    shared = Input.of((x.T @ x / 300)[None], 0.01)
+    found = shared.nearest(w, y.T @ x / 300)
+    # W' - W = D is what least squares finds for y, with rows that hold it to 0.
+    held = float(300 * 0.01 * x.square().mean()) ** 0.5 * torch.eye(48, dtype=torch.float64)
+    expected = torch.linalg.lstsq(torch.cat([x, held]), torch.cat([y.double(), torch.zeros(48, 24)])).solution
+    torch.testing.assert_close((found - w).double(), expected.T, rtol=1e-3, atol=1e-5)
+
+
+def test_where_no_damping_helps_weights_stay() -> None:
+    w, shared = torch.ones(2, 4), Input.of(torch.zeros(1, 4, 4), 0.01)
+    assert shared.factor.failed[0] and torch.equal(shared.nearest(w, torch.ones(2, 4)), w)
+
+
+def test_targets_lower_the_divergence(reference: Path) -> None:
+    """On text that calibration has not seen."""
+    checkpoint = Checkpoint(reference)
+    tokenizer, documents = Tokenizer.from_folder(reference), calib_data.load("builtin")
+    windows = calib_data.sample(documents, tokenizer, 40, 256, 0)
+    seen, unseen = windows[:32], torch.from_numpy(windows[32:]).long()
+    exact = load_model(checkpoint)(unseen).log_softmax(-1)
+
+    def divergence(corrected: bool) -> float:
+        recipe = replace(RECIPE, correct_targets=corrected)
+        found = quantized(checkpoint, seen, recipe)(unseen).log_softmax(-1)
+        return float((exact.exp() * (exact - found)).sum(-1).mean())
+
+    assert divergence(True) < 0.85 * divergence(False)
+
+
+def test_full_precision_that_is_not_finite_names_the_layer(make_checkpoint: Callable[..., Path]) -> None:
+    """The quantized weights may well keep clear of what overflows."""
+    checkpoint = Checkpoint(make_checkpoint())
+    run = layer_run.LayerRun(checkpoint, 0, lambda info: None, RECIPE, torch.device("cpu"))
+    hidden = torch.zeros(1, 4, checkpoint.spec.hidden_size)
+    table = load_model(checkpoint).rotary(0, 4)
+    with torch.no_grad(), pytest.raises(CalibrationError, match="outputs are not finite"):
+        run.solve_all(hidden, table, torch.full_like(hidden, float("inf")))
