@@ -1,6 +1,7 @@
 """GGUF reading, CPU kernels and the inference engine (C++, csrc/)."""
 
 import os
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any, overload
 
@@ -72,6 +73,7 @@ class Engine:
         cache_type_v: str = "f16",
     ) -> None: ...
     def forward(self, tokens: npt.NDArray[np.int32], n_past: int, n_logits: int = 1) -> Floats: ...
+    def most_likely(self, tokens: array[int] | npt.NDArray[np.int32], n_past: int) -> int: ...
     def fork(self, n_sequences: int) -> None: ...
     def forward_sequences(
         self, sequences: Sequence[int], tokens: Sequence[npt.NDArray[np.int32]], n_logits: int = 1

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from qwen_quant import _core
 from qwen_quant.errors import FormatError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from qwen_quant.tokenizer import Tokenizer
 
 TOKENS_KEY, MERGES_KEY = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
@@ -118,5 +119,5 @@ class GGUFFile:
             raise FormatError(
                 f"{self.path}: tensor '{name}': cannot decode {info.type}; export it with one of {known}"
             )
-        count = int(np.prod(info.shape, dtype=np.int64))
+        count = math.prod(info.shape)
         return _core.dequantize(info.type, data, count, isa).reshape(info.shape)
