@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from qwen_quant import __version__
-from qwen_quant.cli import bench, demo, evaluate, export, gptq, kv, run
 
 HELP = """From a Qwen checkpoint to a 4-bit file that runs on a CPU, with the proof beside it.
 
 MODEL is a folder or file, a Hugging Face id, or the word 'reference' for the small bundled model."""
 
-app = typer.Typer(
-    name="qwen-quant",
-    help=HELP,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command("gptq")(gptq.command)
-app.command("export")(export.command)
-app.command("kv")(kv.command)
-app.command("run")(run.command)
-app.command("bench")(bench.command)
-app.command("eval")(evaluate.command)
-app.command("demo")(demo.command)
+COMMANDS = {  # and the modules that they stand in
+    "gptq": "gptq",
+    "export": "export",
+    "kv": "kv",
+    "run": "run",
+    "bench": "bench",
+    "eval": "evaluate",
+    "demo": "demo",
+}
 
 
 def print_version(wanted: bool) -> None:
@@ -37,7 +32,6 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def common(
     version: Annotated[
         bool,
@@ -48,3 +42,21 @@ def common(
     ] = False,
 ) -> None:
     """Options that stand before the command; `--debug` is read where errors are caught."""
+
+
+def application(arguments: Sequence[str]) -> typer.Typer:
+    """The application for a command line: the other commands are left out when one is named, because importing
+    them and reading their options takes longer than a small model needs for a token."""
+    named = next((argument for argument in arguments if not argument.startswith("-")), None)
+    app = typer.Typer(
+        name="qwen-quant",
+        help=HELP,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(common)
+    for name in [named] if named in COMMANDS else COMMANDS:
+        app.command(name)(import_module(f"qwen_quant.cli.{COMMANDS[name]}").command)
+    return app

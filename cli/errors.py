@@ -57,8 +57,9 @@ def in_its_place(run: Callable[[], int]) -> int:
 
 def run_application(arguments: Sequence[str]) -> int:
     """Parse and run; errors are left to the caller."""
-    from qwen_quant.cli.app import app
+    from qwen_quant.cli.app import application
 
+    app = application(arguments)
     try:
         code = app(list(arguments), prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()

@@ -13,7 +13,7 @@ from qwen_quant.cli import options
 if TYPE_CHECKING:
     from qwen_quant.cli.prompts import Request
     from qwen_quant.runtime.conversation import Conversation
-    from qwen_quant.runtime.sampling import SamplingParams
+    from qwen_quant.runtime.sampling_params import SamplingParams
     from qwen_quant.runtime.session import Session
 
 Prompt = Annotated[
@@ -178,7 +178,7 @@ def command(
         cache_type_k=cache_type_k or kv_cache or "f16",
         cache_type_v=cache_type_v or kv_cache or "f16",
     )
-    from qwen_quant.runtime.sampling import SamplingParams
+    from qwen_quant.runtime.sampling_params import SamplingParams
 
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     session.draft_max = draft_max if lookup else 0

@@ -11,7 +11,7 @@ from qwen_quant.runtime.samples import Sample, complete_samples
 
 if TYPE_CHECKING:
     from qwen_quant.cli.prompts import Request
-    from qwen_quant.runtime.sampling import SamplingParams
+    from qwen_quant.runtime.sampling_params import SamplingParams
     from qwen_quant.runtime.session import Session
 
 

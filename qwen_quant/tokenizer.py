@@ -10,25 +10,24 @@ import codecs
 import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from qwen_quant.byte_level import spelling_to_bytes
 from qwen_quant.chat_messages import Messages, Tools, check_tools, normalize
 from qwen_quant.errors import ConfigError, FormatError
-from qwen_quant.tokenizer_files import (
+from qwen_quant.tokenizer_files import SpecialTokens, read_folder, read_gguf
+from qwen_quant.tokenizer_vocabulary import (
     CONTROL,
     NORMAL,
     UNUSED,
     USER_DEFINED,
-    SpecialTokens,
+    StoredVocabulary,
+    Vocabulary,
     qwen2_pre_tokenizer,
-    read_folder,
-    read_gguf,
 )
 
 # A base model's end of text and an instruct model's end of turn: both stop generation in every Qwen.
@@ -38,17 +37,11 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 class Tokenizer:
     """Text to ids and back. `where` names the file in errors."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, special: SpecialTokens, where: str) -> None:
-        self._backend = backend
-        # The same model without the added tokens: nothing in a text can become one of them.
-        self._plain = tokenizers.Tokenizer(backend.model)
-        self._plain.normalizer = backend.normalizer
-        self._plain.pre_tokenizer = backend.pre_tokenizer
+    def __init__(self, vocabulary: Vocabulary | StoredVocabulary, special: SpecialTokens, where: str) -> None:
+        self._vocabulary = vocabulary
         self._special = special
         self._where = where
-        self.added_tokens: dict[int, AddedToken] = dict(backend.get_added_tokens_decoder())
-        self._padding: Sequence[str] = ()
-        self._merges: list[tuple[str, str]] | None = None
+        self.added_tokens: Mapping[int, AddedToken] = vocabulary.added_tokens
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -57,23 +50,18 @@ class Tokenizer:
         Raises ConfigError naming the file that is missing, broken or not a byte-level BPE.
         """
         backend, special, where = read_folder(Path(folder))
-        return cls(backend, special, where)
+        return cls(Vocabulary(backend), special, where)
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], where: str = "GGUF metadata") -> Tokenizer:
         """Build from the keys `tokenizer.ggml.*`; raises FormatError naming a missing or foreign one."""
-        backend, special, tokens, merges = read_gguf(metadata, where)
-        found = cls(backend, special, where)
-        found._padding, found._merges = tokens, merges
-        return found
+        return cls(*read_gguf(metadata, where), where)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Ids of `text`. With `special`, added tokens spelled in it become their ids, otherwise text."""
-        backend = self._backend if special else self._plain
         # A lone surrogate (from a badly decoded file) has no UTF-8 form; it becomes U+FFFD.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._vocabulary.encode(text, special)
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids beyond the vocabulary nothing."""
@@ -86,7 +74,7 @@ class Tokenizer:
         added = self.added_tokens.get(token)
         if added is not None:
             return b"" if skip_special and added.special else added.content.encode("utf-8")
-        spelling = self._backend.id_to_token(token) if token >= 0 else None
+        spelling = self._vocabulary.spelling(token)
         return b"" if spelling is None else spelling_to_bytes(spelling)
 
     def decoder(self, *, skip_special: bool = True) -> StreamDecoder:
@@ -95,17 +83,12 @@ class Tokenizer:
 
     def token_id(self, spelling: str) -> int | None:
         """The id of a token by its spelling, or None."""
-        found: int | None = self._backend.token_to_id(spelling)
-        return found
+        return self._vocabulary.token_id(spelling)
 
     @functools.cached_property
     def tokens(self) -> list[str]:
         """Spellings in id order, byte-level ones as stored; an id nobody uses is `[PAD{id}]`."""
-        if self._padding:
-            return list(self._padding)
-        vocab = self._backend.get_vocab(with_added_tokens=True)
-        spelled = {token: spelling for spelling, token in vocab.items()}
-        return [spelled.get(i, f"[PAD{i}]") for i in range(max(spelled) + 1)]
+        return self._vocabulary.tokens()
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -115,23 +98,17 @@ class Tokenizer:
     @functools.cached_property
     def merges(self) -> list[tuple[str, str]]:
         """The merges in the order of their ranks."""
-        if self._merges is not None:
-            return self._merges
-        stored = json.loads(self._backend.model.__getstate__())["merges"]
-        pairs = (m.split(" ", 1) if isinstance(m, str) else m for m in stored)
-        return [(left, right) for left, right in pairs]
+        return self._vocabulary.merges()
 
     @functools.cached_property
     def token_types(self) -> list[int]:
         """GGUF's type of every token in id order: normal, control, user-defined or unused."""
         types = [NORMAL] * self.vocab_size
         for i, spelling in enumerate(self.tokens):
-            if spelling == f"[PAD{i}]" and self._backend.id_to_token(i) is None:
+            if spelling == f"[PAD{i}]" and self._vocabulary.spelling(i) is None:
                 types[i] = UNUSED
         for i, token in self.added_tokens.items():
-            # llama.cpp's readers take <|…|> as control whatever its flag says; say so in the file.
-            control = token.special or re.fullmatch(r"<\|.*\|>", token.content)
-            types[i] = CONTROL if control else USER_DEFINED
+            types[i] = _type_of_added(token)
         return types
 
     @property
@@ -147,8 +124,8 @@ class Tokenizer:
 
     def pre_tokenizer_name(self) -> str:
         """llama.cpp's name of the pre-tokenizer; raises FormatError when it is not Qwen2's."""
-        normalizer = self._backend.normalizer
-        if not _is_qwen2(self._backend.pre_tokenizer) or not isinstance(normalizer, normalizers.NFC):
+        backend = self._vocabulary.backend
+        if not _is_qwen2(backend.pre_tokenizer) or not isinstance(backend.normalizer, normalizers.NFC):
             raise FormatError(
                 f"{self._where}: the text is normalized or cut into words in another way than Qwen2's; "
                 "a GGUF reader would produce other ids, so it cannot be exported"
@@ -157,7 +134,7 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """The tokenizer as a tokenizer.json."""
-        text: str = self._backend.to_str()
+        text: str = self._vocabulary.backend.to_str()
         return text
 
     @property
@@ -239,8 +216,7 @@ class Tokenizer:
     @functools.cached_property
     def _spoken_pattern(self) -> re.Pattern[str] | None:
         """Added tokens that a model writes in its answers and that carry no control."""
-        types = self.token_types
-        return _pattern_of(t for i, t in self.added_tokens.items() if types[i] == USER_DEFINED)
+        return _pattern_of(t for t in self.added_tokens.values() if _type_of_added(t) == USER_DEFINED)
 
 
 class StreamDecoder:
@@ -269,6 +245,11 @@ def _is_qwen2(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> bool:
     return pre_tokenizer is not None and parts(pre_tokenizer.__getstate__()) == parts(
         qwen2_pre_tokenizer().__getstate__()
     )
+
+
+def _type_of_added(token: AddedToken) -> int:
+    # llama.cpp's readers take <|…|> as control whatever its flag says; say so in the file.
+    return CONTROL if token.special or re.fullmatch(r"<\|.*\|>", token.content) else USER_DEFINED
 
 
 def _pattern_of(tokens: Iterable[AddedToken]) -> re.Pattern[str] | None:

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models
 
-from qwen_quant import tokenizer_ranks
+from qwen_quant import _core, tokenizer_ranks
 from qwen_quant.errors import ConfigError, FormatError
+from qwen_quant.tokenizer_vocabulary import NORMAL, StoredVocabulary, byte_level_bpe, split_merges
 
-# How Qwen2, Qwen2.5 and Qwen3 cut text into words before merging; llama.cpp calls it pre-tokenizer "qwen2".
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# Token types as GGUF numbers them.
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 # Releases without added_tokens_decoder name their added tokens only in code: these, after the vocabulary.
 _DEFAULT_ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _DOWNLOAD = "download the checkpoint's tokenizer files again"
@@ -35,12 +27,6 @@ class SpecialTokens:
     eos_ids: tuple[int, ...] = ()
     named: Mapping[str, str] = field(default_factory=dict)  # "eos_token" -> "<|im_end|>"
     chat_template: str | None = None
-
-
-def qwen2_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    """Split by QWEN2_PATTERN, then spell bytes as characters."""
-    split = pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def read_folder(folder: Path) -> tuple[tokenizers.Tokenizer, SpecialTokens, str]:
@@ -122,35 +108,6 @@ def _read_vocab_and_merges(vocab_path: Path, merges_path: Path) -> tokenizers.To
         raise ConfigError(f"{merges_path}: does not fit vocab.json ({error}); {_DOWNLOAD}") from None
 
 
-def split_merges(merges: Iterable[str]) -> list[tuple[str, str]]:
-    """Merges ("left right") as pairs. Raises ValueError for one that is not two tokens."""
-    return [(left, right) for merge in merges for left, right in (merge.split(" ", 1),)]
-
-
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """Python looks for cycles after every few hundred tuples, and there are a hundred thousand without one."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """A Qwen2 tokenizer over a vocabulary and merges, without added tokens.
-
-    Raises whatever the library raises when a merge names a token that is not in `vocab`.
-    """
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = qwen2_pre_tokenizer()
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
 def _add_tokens(backend: tokenizers.Tokenizer, decoder: Mapping[str, Any], path: Path) -> None:
     """Add the tokens of `added_tokens_decoder` that the tokenizer lacks, in the order of their ids."""
     known = backend.get_added_tokens_decoder()
@@ -193,10 +150,8 @@ def _read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def read_gguf(
-    metadata: Mapping[str, Any], where: str
-) -> tuple[tokenizers.Tokenizer, SpecialTokens, list[str], list[tuple[str, str]]]:
-    """The tokenizer of a GGUF file, its special tokens, all spellings in id order, and the merges.
+def read_gguf(metadata: Mapping[str, Any], where: str) -> tuple[StoredVocabulary, SpecialTokens]:
+    """The vocabulary of a GGUF file and its special tokens. Lists of strings may be `_core.Strings`.
 
     Raises FormatError naming the key that is missing or describes a tokenizer other than Qwen2's.
     """
@@ -208,34 +163,38 @@ def read_gguf(
     tokens = _strings(metadata, "tokenizer.ggml.tokens", where)
     merges = _strings(metadata, "tokenizer.ggml.merges", where)
     types = metadata.get("tokenizer.ggml.token_type")
-    types = [NORMAL] * len(tokens) if types is None else list(types)
+    try:
+        types = bytes([NORMAL]) * len(tokens) if types is None else bytes(types)
+    except (ValueError, TypeError):
+        raise FormatError(
+            f"{where}: tokenizer.ggml.token_type is no list of token types; export the file again"
+        ) from None
     if len(types) != len(tokens):
         raise FormatError(
             f"{where}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens; "
             "export the file again"
         )
-    vocab = {t: i for i, (t, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
     try:
-        with collector_paused():
-            pairs = split_merges(merges)
-            backend = byte_level_bpe(vocab, pairs)
-    except Exception as error:
+        return StoredVocabulary(tokens, types, merges), _gguf_special(metadata, tokens)
+    except ValueError as error:
         raise FormatError(
             f"{where}: tokenizer.ggml.merges does not fit the tokens ({error}); export the file again"
         ) from None
-    added = [(t, kind) for t, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED)]
-    backend.add_tokens([AddedToken(t, special=kind == CONTROL, normalized=False) for t, kind in added])
-    return backend, _gguf_special(metadata, tokens), tokens, pairs
 
 
-def _strings(metadata: Mapping[str, Any], key: str, where: str) -> list[str]:
+def _strings(metadata: Mapping[str, Any], key: str, where: str) -> _core.Strings:
     found = metadata.get(key)
-    if not isinstance(found, Sequence) or isinstance(found, str) or set(map(type, found)) - {str}:
-        raise FormatError(f"{where}: {key} is missing or no list of strings; export the file again")
-    return list(found)
+    if isinstance(found, _core.Strings):
+        return found
+    try:
+        if isinstance(found, Sequence) and not isinstance(found, str):
+            return _core.Strings(found)
+    except (TypeError, ValueError):
+        pass
+    raise FormatError(f"{where}: {key} is missing or no list of strings; export the file again")
 
 
-def _gguf_special(metadata: Mapping[str, Any], tokens: Sequence[str]) -> SpecialTokens:
+def _gguf_special(metadata: Mapping[str, Any], tokens: _core.Strings) -> SpecialTokens:
     def ids(key: str) -> list[int]:
         value = metadata.get(key)
         values = value if isinstance(value, Sequence) else [value]

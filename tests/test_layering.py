@@ -35,6 +35,7 @@ LAYERS = (
         "qwen_quant.tokenizer",
         "qwen_quant.tokenizer_files",
         "qwen_quant.tokenizer_ranks",
+        "qwen_quant.tokenizer_vocabulary",
         "qwen_quant.byte_level",
         "qwen_quant.chat",
         "qwen_quant.chat_messages",

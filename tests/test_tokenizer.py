@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from qwen_quant import _core, tokenizer_vocabulary
 from qwen_quant.errors import ConfigError, FormatError, UsageError
 from qwen_quant.tokenizer import CONTROL, USER_DEFINED, Tokenizer
 
@@ -125,6 +126,45 @@ def test_gguf_metadata_gives_the_same_tokenizer(ours: Tokenizer) -> None:
         assert again.encode(text) == ours.encode(text)
     assert again.apply_chat_template(CHAT) == ours.apply_chat_template(CHAT)
     assert again.decode([again.vocab_size - 1, again.vocab_size + 7, -1]) == ""
+
+
+@pytest.fixture(scope="module")
+def stored(ours: Tokenizer) -> dict[str, Any]:
+    """Metadata of which nothing has been made yet, as it comes from a file."""
+    found = gguf_metadata(ours)
+    lists = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
+    return {**found, **{key: _core.Strings(found[key]) for key in lists}}
+
+
+WORDS = st.sampled_from([*TEXTS, *Path(__file__).read_text().split(), " ", "\n\n", "的", "ſ", "＞\u0338"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(
+        st.tuples(st.lists(WORDS | st.text(max_size=8), max_size=12).map("".join), st.booleans()), max_size=4
+    )
+)
+def test_a_part_of_the_vocabulary_gives_the_same_ids(
+    ours: Tokenizer, stored: dict[str, Any], texts: list[tuple[str, bool]]
+) -> None:
+    fresh = Tokenizer.from_gguf(stored)
+    for text, special in texts:
+        assert fresh.encode(text, special=special) == ours.encode(text, special=special)
+
+
+def test_long_texts_are_given_the_whole_vocabulary(
+    ours: Tokenizer, stored: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = Path(__file__).read_text()
+    by_share, by_length = Tokenizer.from_gguf(stored), Tokenizer.from_gguf(stored)
+    monkeypatch.setattr(tokenizer_vocabulary, "LARGE_SHARE", 10**6)
+    assert by_share.encode(text[:500]) == ours.encode(text[:500])
+    monkeypatch.setattr(tokenizer_vocabulary, "LONG_TEXT", 500)
+    assert by_length.encode(text) == ours.encode(text)
+    for tokenizer in (by_share, by_length):
+        assert tokenizer._vocabulary._part is None  # type: ignore[union-attr]
+        assert tokenizer.encode(TEXTS[2]) == ours.encode(TEXTS[2])
 
 
 @settings(max_examples=60, deadline=None)
@@ -263,7 +303,11 @@ def test_broken_gguf_metadata_is_named(small: Path) -> None:
         ("tokenizer.ggml.tokens", None),
         ("tokenizer.ggml.merges", ["a"]),
         ("tokenizer.ggml.merges", ["nowhere never"]),
+        ("tokenizer.ggml.merges", ["a b", 3]),
+        ("tokenizer.ggml.merges", ["a \udcff"]),
         ("tokenizer.ggml.token_type", [1]),
+        ("tokenizer.ggml.token_type", ["x"]),
+        ("tokenizer.ggml.token_type", [256] * len(good["tokenizer.ggml.tokens"])),
     ]
     for key, value in changes:
         with pytest.raises(FormatError, match=r"tokenizer\.ggml"):

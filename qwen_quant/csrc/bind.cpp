@@ -45,4 +45,5 @@ NB_MODULE(_core, m) {
     qq::bind_kernels(m);
     qq::bind_grids(m);
     qq::bind_probe(m);
+    qq::bind_vocabulary(m);
 }

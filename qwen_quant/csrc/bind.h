@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 
 #include <string>
+#include <string_view>
 
 namespace qq {
 
@@ -12,6 +13,7 @@ void bind_engine(nanobind::module_& m);
 void bind_kernels(nanobind::module_& m);
 void bind_grids(nanobind::module_& m);
 void bind_probe(nanobind::module_& m);
+void bind_vocabulary(nanobind::module_& m);
 
 // str, bytes or os.PathLike as the bytes that the file system wants.
 inline std::string file_path(nanobind::handle path) {
@@ -19,6 +21,11 @@ inline std::string file_path(nanobind::handle path) {
     if (!PyUnicode_FSConverter(path.ptr(), &encoded)) nanobind::raise_python_error();
     const nanobind::bytes owner = nanobind::steal<nanobind::bytes>(encoded);
     return std::string(owner.c_str(), owner.size());
+}
+
+// Bytes that are not UTF-8 become lone surrogates, as in os.fsdecode.
+inline nanobind::object to_str(std::string_view text) {
+    return nanobind::steal(PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "surrogateescape"));
 }
 
 // A new array of float that owns its memory.

@@ -41,7 +41,9 @@ void run_segments(Engine& engine, std::vector<Segment> left, float* logits) {
     }
 }
 
-FloatArray forward(Engine& engine, const Tokens& tokens, int64_t n_past, int64_t n_logits) {
+// Logits of the last n_logits tokens, which follow the first n_past of the context; `make_room` says where they go.
+template <class MakeRoom>
+void append(Engine& engine, const Tokens& tokens, int64_t n_past, int64_t n_logits, MakeRoom make_room) {
     const auto request = begin_request(engine);
     if (n_past < 0 || n_past > engine.n_past()) {
         throw RunError("n_past is " + std::to_string(n_past) + ", the context holds " + std::to_string(engine.n_past()) +
@@ -50,9 +52,38 @@ FloatArray forward(Engine& engine, const Tokens& tokens, int64_t n_past, int64_t
     engine.truncate(n_past);
     const std::vector<Segment> segments{{0, tokens.data(), static_cast<int64_t>(tokens.shape(0)), n_logits}};
     engine.begin(segments);
-    FloatArray logits = new_floats({static_cast<size_t>(n_logits), static_cast<size_t>(engine.config().n_vocab)});
-    run_segments(engine, segments, logits.data());
+    run_segments(engine, segments, make_room());
+}
+
+FloatArray forward(Engine& engine, const Tokens& tokens, int64_t n_past, int64_t n_logits) {
+    FloatArray logits;
+    append(engine, tokens, n_past, n_logits, [&] {
+        logits = new_floats({static_cast<size_t>(n_logits), static_cast<size_t>(engine.config().n_vocab)});
+        return logits.data();
+    });
     return logits;
+}
+
+// The first of the largest; no NaN is among them.
+int64_t largest(const float* x, int64_t n) {
+    constexpr int64_t kLanes = 16;
+    float best[kLanes];
+    std::fill(best, best + kLanes, x[0]);
+    for (int64_t i = 0; i + kLanes <= n; i += kLanes) {
+        for (int64_t j = 0; j < kLanes; ++j) best[j] = best[j] < x[i + j] ? x[i + j] : best[j];
+    }
+    const float most = *std::max_element(best, best + kLanes);
+    const float* rest = x + n / kLanes * kLanes;
+    return std::find(x, x + n, std::max(most, rest < x + n ? *std::max_element(rest, x + n) : most)) - x;
+}
+
+int64_t most_likely(Engine& engine, const Tokens& tokens, int64_t n_past) {
+    std::unique_ptr<float[]> logits;
+    append(engine, tokens, n_past, 1, [&] {
+        logits.reset(new float[static_cast<size_t>(engine.config().n_vocab)]);
+        return logits.get();
+    });
+    return largest(logits.get(), engine.config().n_vocab);
 }
 
 FloatArray forward_sequences(Engine& engine, const std::vector<int64_t>& sequences, const std::vector<Tokens>& tokens,
@@ -124,6 +155,8 @@ void bind_engine(nb::module_& m) {
              nb::arg("cache_type_k") = "f16", nb::arg("cache_type_v") = "f16")
         .def("forward", &forward, nb::arg("tokens"), nb::arg("n_past"), nb::arg("n_logits") = 1,
              "Appends tokens after the first n_past of the context; logits [n_logits, V] of the last ones.")
+        .def("most_likely", &most_likely, nb::arg("tokens"), nb::arg("n_past"),
+             "Appends tokens as forward does; the id with the largest logit, the lowest among equals.")
         .def("fork", [](Engine& e, int64_t n_sequences) {
             const auto request = begin_request(e);
             e.fork(n_sequences);

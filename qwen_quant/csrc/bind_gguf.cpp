@@ -21,11 +21,6 @@ T load(const uint8_t* p) {
     return value;
 }
 
-// Bytes that are not UTF-8 become lone surrogates, as in os.fsdecode.
-nb::object to_str(std::string_view text) {
-    return nb::steal(PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "surrogateescape"));
-}
-
 nb::object scalar(uint32_t type, const uint8_t* p) {
     switch (type) {
         case kU8: return nb::int_(load<uint8_t>(p));
@@ -59,10 +54,18 @@ nb::object to_python(const GgufValue& value) {
     return owner;
 }
 
-nb::dict metadata(const GgufFile& file) {
-    nb::dict result;
-    for (const auto& [key, value] : file.metadata()) result[to_str(key)] = to_python(value);
+nb::list keys(const GgufFile& file) {
+    nb::list result;
+    for (const auto& [key, value] : file.metadata()) result.append(to_str(key));
     return result;
+}
+
+nb::object value(const GgufFile& file, nb::str key) {
+    const nb::bytes name = nb::steal<nb::bytes>(PyUnicode_AsEncodedString(key.ptr(), "utf-8", "surrogateescape"));
+    if (!name.is_valid()) nb::raise_python_error();
+    const GgufValue* found = file.find(std::string(name.c_str(), name.size()));
+    if (!found) throw nb::key_error(nb::repr(key).c_str());
+    return to_python(*found);
 }
 
 nb::tuple shape_of(const GgufTensor& tensor) {
@@ -98,7 +101,8 @@ void bind_gguf(nb::module_& m) {
         .def_prop_ro("version", &GgufFile::version)
         .def_prop_ro("size", &GgufFile::size)
         .def_prop_ro("alignment", &GgufFile::alignment)
-        .def("metadata", &metadata, "All key-value pairs; a new dict each time.")
+        .def("keys", &keys, "The metadata's keys, in their order.")
+        .def("value", &value, nb::arg("key"), "The value of a key, made anew each time; raises KeyError.")
         .def("tensors", &tensors, "(name, type, shape with the outermost dimension first, offset, bytes) of each.")
         .def("raw", &raw, nb::arg("name"), "The stored bytes of a tensor, without a copy.");
 }

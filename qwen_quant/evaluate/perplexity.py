@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from qwen_quant.errors import QwenQuantError, UsageError
 from qwen_quant.tokenizer import Tokenizer
-from qwen_quant.tokenizer_files import USER_DEFINED
+from qwen_quant.tokenizer_vocabulary import USER_DEFINED
 
 MIN_CTX = 8
 ROWS = 16  # rows turned to float64 at a time, so that a large vocabulary does not double its window in memory

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from qwen_quant.chat_parsing import THINK, AnswerParser, ParsedAnswer, Piece
 from qwen_quant.errors import QwenQuantError
-from qwen_quant.runtime.samples import Sample, complete_samples
-from qwen_quant.runtime.sampling import SamplingParams
+from qwen_quant.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from qwen_quant.runtime.samples import Sample
     from qwen_quant.runtime.session import Session
 
 
@@ -109,6 +109,8 @@ class Conversation:
     def samples(self, count: int, max_tokens: int) -> tuple[list[int], list[tuple[Sample, AnswerParser]]]:
         """The prompt's ids, and `count` answers to the messages so far, each with the parser that is to read it;
         none of them is added. Raises as `ask` and `complete_samples` do."""
+        from qwen_quant.runtime.samples import complete_samples
+
         ids = self._ids()
         parsers = [self._parser(ids) for _ in range(count)]
         answers = complete_samples(self.session, ids, count, max_tokens, self.sampling, self.session.eos_ids)

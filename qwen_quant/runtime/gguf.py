@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import numpy.typing as npt
 
 from qwen_quant import _core
 from qwen_quant.errors import FormatError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from qwen_quant.tokenizer import Tokenizer
 
+TOKENS_KEY, MERGES_KEY = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 END_OF_TURN_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 END_OF_TURN_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
@@ -35,6 +38,29 @@ class TensorInfo:
     nbytes: int
 
 
+class Metadata(Mapping[str, Any]):
+    """The keys of a GGUF file; a value is made when it is asked for, unless it is one of `known`."""
+
+    def __init__(self, core: _core.GGUF, known: Mapping[str, Any] | None = None) -> None:
+        self._core = core
+        self._keys = dict.fromkeys(core.keys())
+        self._values = dict(known or {})
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._values:
+            self._values[key] = self._core.value(key)
+        return self._values[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
 class GGUFFile:
     """A memory-mapped GGUF file, version 2 or 3, checked from end to end when it is opened, unless it is already.
 
@@ -47,15 +73,15 @@ class GGUFFile:
         self.tensors = {info[0]: TensorInfo(*info) for info in self.core.tensors()}
 
     @cached_property
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> Metadata:
         """Keys and values; arrays are lists, bytes that are not UTF-8 are escaped as by `os.fsdecode`."""
-        return self.core.metadata()
+        return Metadata(self.core)
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer stored in the file."""
         from qwen_quant.tokenizer import Tokenizer
 
-        return Tokenizer.from_gguf(self.metadata, self.path)
+        return Tokenizer.from_gguf(Metadata(self.core, self._vocabulary), self.path)
 
     def end_ids(self) -> frozenset[int]:
         """Every id that ends a turn: those the metadata names, and ChatML's where the vocabulary has them.
@@ -65,9 +91,17 @@ class GGUFFile:
         metadata = self.metadata
         ids = {metadata.get(f"tokenizer.ggml.{key}") for key in END_OF_TURN_KEYS}
         ids.update(metadata.get("qwen_quant.eos_token_ids", []))
-        tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
-        ids |= {tokens.index(token) for token in END_OF_TURN_TOKENS if token in tokens}
+        if TOKENS_KEY in self._vocabulary:
+            tokens = self._vocabulary[TOKENS_KEY]
+            ids.update(i for token in END_OF_TURN_TOKENS for i in tokens.places(token)[:1])
         return frozenset(int(i) for i in ids if i is not None)
+
+    @cached_property
+    def _vocabulary(self) -> dict[str, _core.Strings]:
+        """The long lists among the metadata, in which nearly all stays unread."""
+        return {
+            key: _core.Strings(self.core, key) for key in (TOKENS_KEY, MERGES_KEY) if key in self.metadata
+        }
 
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """The stored bytes of a tensor, read-only and without a copy."""
@@ -85,5 +119,5 @@ class GGUFFile:
             raise FormatError(
                 f"{self.path}: tensor '{name}': cannot decode {info.type}; export it with one of {known}"
             )
-        count = int(np.prod(info.shape, dtype=np.int64))
+        count = math.prod(info.shape)
         return _core.dequantize(info.type, data, count, isa).reshape(info.shape)

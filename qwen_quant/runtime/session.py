@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from qwen_quant import _core
-from qwen_quant.errors import QwenQuantError, UsageError
+from qwen_quant.errors import UsageError
 from qwen_quant.runtime.gguf import GGUFFile
 from qwen_quant.runtime.loading import Loading
 from qwen_quant.runtime.lookup import LookupSteps
-from qwen_quant.runtime.onnx import OnnxEngine, OnnxFolder, is_onnx_folder
-from qwen_quant.runtime.sampling import Sampler, SamplingParams
+from qwen_quant.runtime.sampling_params import SamplingParams
+from qwen_quant.runtime.token_ids import as_token_ids, plain_token_ids
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # numpy takes a tenth of a second, which the most likely token does without
+    import numpy as np
+    import numpy.typing as npt
+
+    from qwen_quant.runtime.onnx import OnnxEngine, OnnxFolder
     from qwen_quant.tokenizer import Tokenizer
 
-Logits = npt.NDArray[np.float32]
+    Logits = npt.NDArray[np.float32]
 
 
 @dataclass
@@ -84,6 +85,8 @@ class Session:
         auto (as the file's calibration chose). Raises FormatError for a file that cannot be run
         exactly, QwenQuantError for options that this machine cannot serve.
         """
+        from qwen_quant.runtime.onnx import OnnxEngine, OnnxFolder, is_onnx_folder
+
         if is_onnx_folder(Path(path)):
             if (cache_type_k, cache_type_v) != ("f16", "f16"):
                 raise UsageError(
@@ -109,7 +112,7 @@ class Session:
         return self._engine
 
     @property
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> Mapping[str, Any]:
         """The file's keys and values."""
         return self.file.metadata
 
@@ -205,6 +208,14 @@ class Session:
         finally:  # an interrupted prompt has been read in part
             self._tokens[n_past:] = ids[: self.engine.n_past - n_past].tolist()
 
+    def most_likely(self, tokens: Sequence[int]) -> int:
+        """Appends tokens to the C++ engine's context; the id that most likely follows. Raises as `prefill` does."""
+        engine, n_past, ids = self.native("most_likely"), self.n_past, plain_token_ids(tokens)
+        try:
+            return engine.most_likely(ids, n_past)
+        finally:
+            self._tokens[n_past:] = ids[: engine.n_past - n_past]
+
     def step(self, token: int) -> Logits:
         """Appends one token to the context; logits [V] of what follows it. Raises as `prefill` does."""
         return self.prefill((token,))
@@ -238,22 +249,25 @@ class Session:
         """
         # What is drafted may have to be taken back.
         draft_max = min(self.draft_max, self.native("--lookup").exact_rewind) if self.draft_max else 0
-        sampler = Sampler(sampling or SamplingParams())
+        params = sampling or SamplingParams()
+        plain = not draft_max and not params.needs_logits and isinstance(self.engine, _core.Engine)
+        read: Callable[[Sequence[int]], int | Logits] = self.most_likely if plain else self.prefill
         history = [*self._tokens, *prompt_tokens]
         timings = self.begin_timings(len(prompt_tokens))
         start = time.perf_counter()
-        logits = self.prefill(prompt_tokens)
+        found = read(prompt_tokens)
         timings.pp_s = time.perf_counter() - start
         if self.after_prompt:
             self.after_prompt()
         steps = LookupSteps(self, draft_max) if draft_max else None
+        choose: Callable[[Any], int] = int if plain else _sampler(params, history)
         try:
             for index in range(max_tokens):
                 start = time.perf_counter()
                 if index > 0:
                     last, limit = history[-1], max_tokens - index - 1
-                    logits = steps.step(last, limit) if steps else self.step(last)
-                token = sampler.sample(logits, history)
+                    found = steps.step(last, limit) if steps else read((last,))
+                token = choose(found)
                 if index > 0:
                     timings.tg_s += time.perf_counter() - start
                     timings.tg_tokens += 1
@@ -267,13 +281,8 @@ class Session:
                 timings.drafted, timings.accepted = steps.drafted, steps.accepted
 
 
-def as_token_ids(tokens: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-    """Token ids [T] as the engine takes them. Raises QwenQuantError for what is not a list of ids."""
-    ids = np.asarray(tokens)
-    if ids.size == 0:
-        raise QwenQuantError("the prompt is empty; give at least one token")
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise QwenQuantError(f"token ids have to be a list of integers, not {ids.dtype} of shape {ids.shape}")
-    if ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
-        raise QwenQuantError(f"token ids from {ids.min()} to {ids.max()} are outside every vocabulary")
-    return np.ascontiguousarray(ids, dtype=np.int32)
+def _sampler(params: SamplingParams, history: Sequence[int]) -> Callable[[Logits], int]:
+    from qwen_quant.runtime.sampling import Sampler
+
+    sampler = Sampler(params)
+    return lambda logits: sampler.sample(logits, history)

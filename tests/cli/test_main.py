@@ -55,7 +55,7 @@ def test_help_is_quick(process: Callable) -> None:
 def test_heavy_packages_stay_out(arguments: list[str], gguf_file: Path) -> None:
     code = (
         "import sys; from qwen_quant.cli import main; code = main(sys.argv[1:]); "
-        "heavy = {'torch', 'transformers', 'gguf', 'array_api_compat'} & set(sys.modules); "
+        "heavy = {'torch', 'transformers', 'gguf', 'array_api_compat', 'numpy'} & set(sys.modules); "
         "print(sorted(heavy), file=sys.stderr); sys.exit(code)"
     )
     command = [sys.executable, "-c", code, *(a.format(file=gguf_file) for a in arguments)]

@@ -18,7 +18,12 @@ from qwen_quant.errors import CalibrationError
 from qwen_quant.quantize import calibration, experts, gptq, inputs, layer_run, layer_weights
 
 # What takes long to import, for all processes at once.
-IMPORTED = ["qwen_quant.cli.app", "qwen_quant.exporters.gguf_budget", "qwen_quant.quantize.sensitivity"]
+IMPORTED = [
+    "qwen_quant.cli.gptq",
+    "qwen_quant.cli.export",
+    "qwen_quant.exporters.gguf_budget",
+    "qwen_quant.quantize.sensitivity",
+]
 # So small that a tiny model makes many pieces of each kind.
 PIECES = {
     (inputs, "TOKENS_AT_ONCE"): 256,

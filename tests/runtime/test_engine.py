@@ -139,12 +139,30 @@ def test_generate_stops_counts_and_repeats(tiny_model: TinyModels) -> None:
     assert sampled[0] == sampled[1] != full
 
 
+@pytest.mark.parametrize("vocab_size", [96, 103])
+def test_the_most_likely_token_is_the_first_largest_logit(tiny_model: TinyModels, vocab_size: int) -> None:
+    session = Session.open(tiny_model("qwen3", "Q8_0", vocab_size=vocab_size).path)
+    assert session.n_vocab == vocab_size
+    largest = session.logits(TOKENS).argmax(axis=1)
+    chosen = []
+    for n_past in range(0, 70, 7):
+        session.truncate(n_past)
+        chosen.append(session.most_likely(TOKENS[n_past : n_past + 7].tolist()))
+        assert list(session.tokens) == TOKENS[: n_past + 7].tolist()
+    assert chosen == largest[6::7].tolist()
+    assert largest.max() >= 96 or vocab_size == 96  # the last lanes are looked at
+
+
 @pytest.mark.parametrize("tokens", [[], [96], [-1], [2**40], [0.5], [[1, 2]]])
 def test_bad_tokens(tiny_model: TinyModels, tokens: list[Any]) -> None:
     session = Session.open(tiny_model("qwen2", "Q4_0").path)
-    with pytest.raises(QwenQuantError):
-        session.prefill(tokens)
-    assert session.n_past == 0
+    messages = []
+    for read in (session.prefill, session.most_likely):
+        with pytest.raises(QwenQuantError) as caught:
+            read(tokens)
+        messages.append(str(caught.value))
+        assert session.n_past == 0
+    assert messages[0] == messages[1]
 
 
 def test_the_context_is_never_cut_silently(tiny_model: TinyModels) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwen_quant.errors import UsageError
 from qwen_quant.runtime.sampling import Sampler, SamplingParams
@@ -55,6 +57,55 @@ def test_filters_come_before_temperature() -> None:
 def test_equal_logits_at_the_edge_of_top_k() -> None:
     sampler = Sampler(SamplingParams(temperature=1.0, top_k=2, seed=0))
     assert {sampler.sample(np.zeros(6, np.float32)) for _ in range(50)} == {0, 1}
+
+
+def plain_choice(logits: np.ndarray, params: SamplingParams, history: list[int], draw: float) -> int:
+    """The definition, over the whole vocabulary sorted."""
+    logits = logits.copy()
+    for token in set(history):
+        factor = np.float32(params.repetition_penalty)
+        logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
+    order = np.argsort(-logits, kind="stable") if params.top_k or params.top_p < 1 else np.arange(logits.size)
+    order = order[: params.top_k or None]
+    if params.top_p < 1:
+        weights = np.exp(logits[order].astype(np.float64) - logits.max())
+        order = order[: int(np.searchsorted(np.cumsum(weights / weights.sum()), params.top_p)) + 1]
+    order = order[logits[order] >= logits.max() + np.log(params.min_p)] if params.min_p else order
+    scaled = logits[order] / params.temperature
+    weights = np.exp(scaled.astype(np.float64) - scaled.max())
+    above = np.flatnonzero(np.cumsum(weights / weights.sum()) > draw)
+    return int(order[above[0] if above.size else -1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    n_vocab=st.sampled_from([3, 64, 127, 700, 5000, 20_000]),
+    spread=st.sampled_from([0.01, 1.0, 4.0, 12.0]),
+    rounded=st.booleans(),
+    top_k=st.sampled_from([0, 0, 1, 7, 40, 3000]),
+    top_p=st.sampled_from([1.0, 1e-9, 0.5, 0.95, 0.999]),
+    min_p=st.sampled_from([0.0, 0.0, 0.05, 0.7]),
+    penalty=st.sampled_from([1.0, 1.3]),
+)
+def test_shortcuts_choose_what_the_definition_chooses(
+    seed: int,
+    n_vocab: int,
+    spread: float,
+    rounded: bool,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    penalty: float,
+) -> None:
+    random = np.random.default_rng(seed)
+    logits = (random.standard_normal(n_vocab) * spread).astype(np.float32)
+    logits = np.round(logits) if rounded else logits
+    history = random.integers(0, n_vocab, 20).tolist()
+    params = SamplingParams(0.8, top_k, top_p, min_p, penalty, seed)
+    sampler, draws = Sampler(params), np.random.default_rng(seed)
+    for _ in range(3):
+        assert sampler.sample(logits, history) == plain_choice(logits, params, history, draws.random())
 
 
 def test_repetition_penalty() -> None:
