@@ -85,7 +85,8 @@ class Weights:
                 yield encode_floats(self.where(name), part, kind)
 
     def outer(self, name: str, scales: list[np.ndarray]) -> Iterator[Blocks]:
-        """An embedding or head in pieces of rows, whose scales are collected: solved, or else rounded to nearest."""
+        """An embedding or head in pieces of rows, whose scales are collected: solved, or else rounded to nearest
+        on the scales that err least."""
         for part in self._outer_rows(name):
             blocks = to_blocks(self.where(name), part)
             scales.append(blocks.scales)
@@ -101,4 +102,4 @@ class Weights:
         grid = self.choices[name].grid
         assert grid is not None
         for part in self.checkpoint.source.chunks(name):
-            yield grid.plain_rounding(part)
+            yield grid.searched_rounding(part, np.ones(part.shape[1], np.float32))
