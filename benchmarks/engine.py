@@ -39,28 +39,31 @@ params = og.GeneratorParams(model)
 params.set_search_options(max_length=depth + max(n_prompt, n_gen) + 1)
 generator = og.Generator(model, params)
 ids = lambda n: np.random.default_rng(n).integers(0, 4000, n).astype(np.int32)
-def speed(n, size):
+def speed(name, n, size):
     pieces = ids(n).reshape(-1, size)
     generator.rewind_to(depth)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for piece in pieces:
         generator.append_tokens(piece)
-    return n / (time.perf_counter() - start)
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return {name: n / seconds, f"{name}_cpu_ms": 1000 * cpu / n} if n else {name: 0}
 if depth:
     generator.append_tokens(ids(depth))
-found = {"pp": speed(n_prompt, n_prompt), "tg": speed(n_gen, 1) if n_gen else 0}  # to warm up
-found = {"pp": speed(n_prompt, n_prompt), "tg": speed(n_gen, 1)} if n_gen else found
+found = speed("pp", n_prompt, n_prompt) | speed("tg", n_gen, 1)  # to warm up
+found = speed("pp", n_prompt, n_prompt) | speed("tg", n_gen, 1) if n_gen else found
 print(json.dumps(found))
 """
 
 
 @dataclass
 class Runs:
-    """Measurements of one program on one file, an entry for each round: tokens per second and MB by depth,
-    seconds to the first token, and for ours the limits of the machine in tokens per second."""
+    """Measurements of one program on one file, an entry for each round: tokens per second, CPU milliseconds a token
+    and MB by depth, seconds to the first token, and for ours the limits of the machine in tokens per second."""
 
     pp: dict[int, list[float]] = field(default_factory=dict)
     tg: dict[int, list[float]] = field(default_factory=dict)
+    pp_cpu_ms: dict[int, list[float]] = field(default_factory=dict)
+    tg_cpu_ms: dict[int, list[float]] = field(default_factory=dict)
     rss_mb: dict[int, list[float]] = field(default_factory=dict)
     pp_limit: dict[int, list[float]] = field(default_factory=dict)
     tg_limit: dict[int, list[float]] = field(default_factory=dict)

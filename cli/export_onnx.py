@@ -27,7 +27,6 @@ def run(options: ExportOptions) -> None:
     from qwen_quant.checkpoint import Checkpoint
     from qwen_quant.cli import planning
     from qwen_quant.exporters.onnx import notes, stored_tensors
-    from qwen_quant.grids import IntGrid
 
     began = time.monotonic()
     max_ram = planning.parse_ram(options.max_ram)
@@ -43,8 +42,8 @@ def run(options: ExportOptions) -> None:
     after = memory(checkpoint, stored, "onnx") if options.verify else ()
     plan = planning.make_plan(checkpoint, stored, recipe, max_ram, after)
     if options.dry_run:
-        # An embedding's grid may be another than the layers'; it is rounded about as quickly.
-        planning.report(plan, options, lambda kind: grid or IntGrid(8), recipe)
+        grids = {choice.name: choice.grid for choice in form.choices(checkpoint).values() if choice.grid}
+        planning.report(plan, options, grids.__getitem__, recipe)
         return
     written, record = write(options, checkpoint, form, recipe, plan.keep_activations)
     report(checkpoint, options, written, record, remarks, began)
@@ -69,18 +68,17 @@ def write(
     options: ExportOptions, checkpoint: Checkpoint, form: Form, recipe: Any, keep_activations: bool
 ) -> tuple[Written, dict[str, Any] | None]:
     """Write the folder; what was written, and the recipe of its integers."""
-    from qwen_quant.exporters.onnx import export_onnx, grid_choice
+    from qwen_quant.exporters.onnx import export_onnx
 
-    _, grid = form.resolved(checkpoint)
     cache = cache_of(options, checkpoint)
     check = (
         check_of(options.output, checkpoint, bits_of(options, checkpoint, form)) if options.verify else None
     )
     with calibrating.layer_store(options.output, options.resume) as store:
         layers, record = None, calibrating.stored_record(checkpoint)
-        if recipe is not None and grid is not None:
+        if recipe is not None:
             layers, record = calibrating.quantized_layers(
-                checkpoint, grid_choice(grid), recipe, store, keep_activations
+                checkpoint, form.grids(checkpoint), recipe, store, keep_activations
             )
         written = export_onnx(
             checkpoint,

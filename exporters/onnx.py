@@ -24,7 +24,6 @@ from qwen_quant.exporters.onnx_choices import (
     check_type,
     choose_types,
     file_grid,
-    grid_choice,
     native_type,
 )
 from qwen_quant.exporters.onnx_folder import GRAPH_FOLDER, graph_name, write_card, write_folder
@@ -38,11 +37,12 @@ from qwen_quant.files import atomic_folder
 from qwen_quant.grids.gptq import IntGrid
 from qwen_quant.progress import progress
 from qwen_quant.quantize.kv_ranges import ChannelScales
+from qwen_quant.quantize.recipe import GridChoice
 from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.spec import TensorInfo
 from qwen_quant.tokenizer import Tokenizer
 
-__all__ = ["Form", "Written", "export_onnx", "grid_choice", "notes", "stored_tensors"]
+__all__ = ["Form", "Written", "export_onnx", "notes", "stored_tensors"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,16 @@ class Form:
                 ("--output-tensor-type", self.output_tensor_type),
             )
         ]
-        return choose_types(checkpoint, *self.resolved(checkpoint), *outer)
+        kind, grid = self.resolved(checkpoint)
+        # Beside a GPTQ checkpoint's integers lie an embedding and a head of 16 bits, which nothing calibrates here; and
+        # standard operators look up no 4-bit integers.
+        solved = checkpoint.quantization is None and self.operators is FusedOps
+        return choose_types(checkpoint, kind, grid, kind if solved else "int8", *outer)
+
+    def grids(self, checkpoint: Checkpoint) -> GridChoice:
+        """The grid of each tensor that is to be quantized, as the quantizer asks for it."""
+        choices = self.choices(checkpoint)
+        return lambda info: choices[info.name].grid
 
     def fewest_bits(self, checkpoint: Checkpoint) -> int:
         """The coarsest rounding between the checkpoint and what the graph computes: 16 where there is hardly any."""
@@ -122,8 +131,9 @@ def export_onnx(
 ) -> Written:
     """Write `checkpoint` as an ONNX folder.
 
-    `layers` delivers quantized decoder layers in order, on the grid of `form`; without it the integers of a GPTQ
-    checkpoint are carried over unchanged, or floats are stored. `record` (the recipe) goes into the graph's metadata.
+    `layers` delivers quantized decoder layers in order, on the grids of `form`, and last embedding and head (rounded to
+    nearest if they do not come); without it the integers of a GPTQ checkpoint are carried over unchanged, or floats
+    are stored. `record` (the recipe) goes into the graph's metadata.
     `texts`, token windows [n, T], are what accuracy_level auto measures with. `cache` has the scales of a quantized
     cache of keys and values. `check` runs the folder before it gets its name; what it returns is written beside the
     recipe, and an error of it leaves nothing behind.
@@ -195,7 +205,8 @@ def stored_tensors(checkpoint: Checkpoint, form: Form) -> list[StoredTensor]:
 def _arriving(
     checkpoint: Checkpoint, layers: Iterable[Layer] | None, written: Written
 ) -> Iterator[Layer | None]:
-    """Each layer in turn: as the quantizer hands it over, or None for the checkpoint's own weights."""
+    """Each layer in turn: as the quantizer hands it over, or None for the checkpoint's own weights; last what was
+    solved outside the layers."""
     total = checkpoint.spec.num_hidden_layers
     if layers is None:
         with progress("writing", total) as advance:
@@ -207,7 +218,7 @@ def _arriving(
     for layer in layers:
         yield layer
         written.layers.append(layer)
-        count += 1
+        count += layer.layer >= 0
     if count != total:
         raise FormatError(f"{checkpoint.folder}: {count} layers came of {total}")
 

@@ -10,7 +10,6 @@ from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError, UsageError
 from qwen_quant.exporters.onnx_blocks import BLOCKS, block_size, stored_bits
 from qwen_quant.grids.gptq import IntGrid
-from qwen_quant.quantize.recipe import GridChoice, linear_grid
 from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.spec import TensorInfo
 
@@ -18,8 +17,9 @@ FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 INTEGERS = {"INT4": 4, "INT8": 8}
 TYPES = (*FLOAT_BYTES, "int4", "int8")
 FALLBACK = "F16"
-# 8 bits cost little loss in the embedding and in the head, where 16 would be read as FP32 at every token.
-OUTER_BITS = 8
+# Embedding and head by bits: every token reads all of the head, so that in int4 files it counts as several layers.
+# Small blocks lose less there, and cost little.
+OUTER_GRIDS = {4: IntGrid(4, 32), 8: IntGrid(8, 128)}
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,6 @@ def file_grid(file_type: str, group_size: int, sym: bool) -> IntGrid | None:
     return None if bits is None else IntGrid(bits, group_size, sym)
 
 
-def grid_choice(grid: IntGrid) -> GridChoice:
-    """The grid of each linear layer, as the quantizer asks for it."""
-    return linear_grid(grid)
-
-
 def native_type(checkpoint: Checkpoint) -> str:
     """The type that holds a GPTQ checkpoint's integers; F16 for a checkpoint that has none."""
     if checkpoint.quantization is None:
@@ -83,10 +78,11 @@ def choose_types(
     checkpoint: Checkpoint,
     file_type: str,
     grid: IntGrid | None,
+    outer_type: str,
     token_embedding_type: str | None = None,
     output_tensor_type: str | None = None,
 ) -> dict[str, Choice]:
-    """The type of every tensor by name.
+    """The type of every tensor by name; embedding and head of a file of integers are `outer_type` unless said.
 
     Raises UsageError when a tied embedding is asked to have two types, FormatError when the integers of a GPTQ
     checkpoint are not of `file_type`.
@@ -106,21 +102,19 @@ def choose_types(
             )
         wanted["embedding"] = token_embedding_type or output_tensor_type
     choices = (
-        _choose(checkpoint, info, file_type, grid, wanted.get(info.role))
+        _outer(info, file_type, wanted.get(info.role) or (file_type if grid is None else outer_type))
+        if info.role in wanted
+        else _choose(checkpoint, info, file_type, grid)
         for info in checkpoint.spec.tensors()
     )
     return {choice.info.name: choice for choice in choices}
 
 
-def _choose(
-    checkpoint: Checkpoint, info: TensorInfo, file_type: str, grid: IntGrid | None, wanted: str | None
-) -> Choice:
+def _choose(checkpoint: Checkpoint, info: TensorInfo, file_type: str, grid: IntGrid | None) -> Choice:
     if info.role in ("norm", "bias"):
         return Choice(info, "F32", reason="a vector: its bytes do not count")
     if info.role == "router":
         return Choice(info, "F32", reason="it decides which experts run")
-    if info.role != "linear":
-        return _outer(info, file_type, grid, wanted)
     if grid is None:
         return Choice(info, file_type)
     if checkpoint.quantization is None:
@@ -132,15 +126,15 @@ def _choose(
     return Choice(info, kind, reason="as the GPTQ checkpoint stores it")
 
 
-def _outer(info: TensorInfo, file_type: str, grid: IntGrid | None, wanted: str | None) -> Choice:
+def _outer(info: TensorInfo, file_type: str, kind: str) -> Choice:
     """Embedding and head."""
-    kind = wanted or (file_type if grid is None else f"int{OUTER_BITS}")
+    reason = "" if kind == file_type else "embedding and head have a type of their own"
     bits = INTEGERS.get(kind.upper())
-    reason = "asked for" if wanted else "embeddings and heads keep 8 bits"
     if bits is None:
-        return Choice(info, kind, reason="" if kind == file_type else reason)
-    block = next((size for size in BLOCKS if info.shape[1] % size == 0), None)
+        return Choice(info, kind, reason=reason)
+    largest = OUTER_GRIDS[bits].group_size
+    block = next((size for size in BLOCKS if size <= largest and info.shape[1] % size == 0), None)
     if block is None:
         why = f"{info.shape[1]} columns are not a multiple of {BLOCKS[-1]}"
         return Choice(info, FALLBACK, reason=why)
-    return Choice(info, kind, IntGrid(bits, block), "" if kind == file_type else reason)
+    return Choice(info, kind, IntGrid(bits, block), reason)

@@ -33,7 +33,16 @@ READERS = {
     "int8": "onnxruntime, onnxruntime-genai and Optimum",
     "int4": "onnxruntime and onnxruntime-genai",
 }
+LEVEL = "session.qdq_matmulnbits_accuracy_level"
 NOT_COPIED = ("config.json", "quantize_config.json", GENAI, INDEX)
+
+
+# Of a graph of standard operators, where the level stands in no node and only genai_config.json gives it.
+EXACT = (
+    "onnxruntime rounds activations to 8 bits in graphs of standard operators, which changes a few tokens; programs",
+    f"that do not read genai_config.json (Optimum) set the session's configuration entry `{LEVEL}` to `0`.",
+    "",
+)
 
 
 def graph_name(kind: str) -> str:
@@ -66,8 +75,7 @@ def write_folder(
     described = genai_config(checkpoint.spec, tokenizer, relative, ops.shares_buffer)
     if ops.opset == StandardOps.opset:
         # onnxruntime makes MatMulNBits of DequantizeLinear and MatMul, and would round activations unasked.
-        options = described["model"]["decoder"]["session_options"]
-        options["session.qdq_matmulnbits_accuracy_level"] = "4" if accuracy_level == "4" else "0"
+        described["model"]["decoder"]["session_options"][LEVEL] = "4" if accuracy_level == "4" else "0"
     _write_json(folder / GENAI, described)
 
 
@@ -143,6 +151,8 @@ def write_card(
     name = checkpoint.folder.resolve().name
     counts = Counter(types.values())
     check, cache = facts.get("check"), facts.get("kv_cache", "F32")
+    described = json.loads((folder / GENAI).read_text(encoding="utf-8"))["model"]["decoder"]
+    level = described["session_options"].get(LEVEL)
     lines = [
         "---",
         f"library_name: {'transformers.js' if cache == 'F32' else 'onnxruntime-genai'}",
@@ -157,6 +167,7 @@ def write_card(
         f"its cache of keys and values is {cache}. It runs on {READERS[cache]},",
         f"and with `qwen-quant run {folder_name(folder)}`.",
         "",
+        *([] if level != "0" else EXACT),
         "| type | tensors |",
         "|---|---:|",
         *(f"| {kind} | {count} |" for kind, count in counts.most_common()),

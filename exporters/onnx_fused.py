@@ -69,39 +69,31 @@ class FusedOps(Ops):
         )
 
     def integer_rows(self, tokens: str, name: str) -> str:
-        codes, scales, bits, block = self._outer(name)
-        n, k = self.weights.choices[name].info.shape
-        rows = self.graph.alias(f"{name}.rows", codes, (n, k * bits // 8))
+        grid = self.outer_grid(name)
         return self.graph.contrib(
             "GatherBlockQuantized",
-            rows,
+            f"{name}.rows",
             tokens,
-            scales,
+            f"{name}.scales",
             gather_axis=0,
             quantize_axis=1,
-            block_size=block,
-            bits=bits,
+            block_size=grid.group_size,
+            bits=grid.bits,
         )
 
     def integer_head(self, x: str, name: str) -> str:
-        codes, scales, bits, block = self._outer(name)
-        n, k = self.weights.choices[name].info.shape
-        return self._product([x, codes, scales], (n, k), bits, block)
+        grid, (n, k) = self.outer_grid(name), self.weights.choices[name].info.shape
+        return self._product([x, f"{name}.codes", f"{name}.scales"], (n, k), grid.bits, grid.group_size)
 
-    def _outer(self, name: str) -> tuple[str, str, int, int]:
-        """Codes and scales of an embedding or head, written once, and their bits and block."""
-        choice, graph = self.weights.choices[name], self.graph
-        assert choice.grid is not None
-        n, k = choice.info.shape
-        bits, block = choice.grid.bits, choice.grid.group_size
-        codes, scales = f"{name}.codes", f"{name}.scales"
-        if not graph.has(codes):
-            found: list[np.ndarray] = []
-            parts = self.weights.rounded(name, found)
-            shape = (n, k // block, block * bits // 8)
-            graph.weight(codes, "U8", shape, (part.packed_codes() for part in parts))
-            graph.weight(scales, "F32", (n, k // block), found)
-        return codes, scales, bits, block
+    def store_outer(self, name: str) -> None:
+        graph, grid = self.graph, self.outer_grid(name)
+        n, k = self.weights.choices[name].info.shape
+        scales: list[np.ndarray] = []
+        parts = self.weights.outer(name, scales)
+        shape = (n, k // grid.group_size, grid.group_size * grid.bits // 8)
+        graph.weight(f"{name}.codes", "U8", shape, (part.packed_codes() for part in parts))
+        graph.weight(f"{name}.scales", "F32", shape[:2], scales)
+        graph.alias(f"{name}.rows", f"{name}.codes", (n, k * grid.bits // 8))
 
     @cached_property
     def _lengths(self) -> tuple[str, str]:

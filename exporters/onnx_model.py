@@ -5,7 +5,7 @@ Inputs and outputs have the names that Optimum, transformers.js and onnxruntime-
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -50,27 +50,38 @@ def add_outputs(graph: Graph, ops: Ops) -> None:
         graph.output(f"present.{layer}.value", kind, shape)
 
 
-def rotary_tables(spec: ModelSpec, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin [length, head_dim / 2] of the reference model, with its context extension, FP32."""
+def rotary_tables(graph: Graph, spec: ModelSpec, length: int) -> tuple[str, str]:
+    """cos and sin [length, head_dim / 2] of the reference model, with its context extension, FP32.
+
+    They follow from constants, so a runtime computes them once, when it loads the graph; in the file they would take
+    512 bytes for each position of the context (head_dim 128).
+    """
     from qwen_quant.model import new_rotary
 
     # Up to `length` neither dual chunks nor Qwen (1)'s dynamic base change anything.
-    cos, sin = new_rotary(replace(spec, dual_chunk=None))(0, length)
-    half = spec.head_dim // 2
-    return cos[:, :half].numpy().copy(), sin[:, :half].numpy().copy()
+    rotary = new_rotary(replace(spec, dual_chunk=None))
+    numbers = (graph.constant(number, np.float32) for number in (0, length, 1))
+    with graph.scope("rotary"):
+        positions = graph.add("Unsqueeze", graph.add("Range", *numbers), graph.constant([1]))
+        angles = graph.add("Mul", positions, graph.array("inv_freq", rotary.inv_freq.numpy()))
+        tables = graph.add("Cos", angles), graph.add("Sin", angles)
+        if rotary.scale == 1.0:
+            return tables
+        scale = graph.constant(rotary.scale, np.float32)
+        return graph.add("Mul", tables[0], scale), graph.add("Mul", tables[1], scale)
 
 
-def build(graph: Graph, ops: Ops, layers: Iterable[Any | None], context: int) -> None:
-    """Add the whole decoder, a layer as each of `layers` arrives (None: from the checkpoint)."""
+def build(graph: Graph, ops: Ops, layers: Iterator[Any | None], context: int) -> None:
+    """Add the whole decoder, a layer as each of `layers` arrives (None: from the checkpoint), after them what was
+    solved outside, if anything was."""
     spec, names = ops.spec, ops.spec.names
     add_inputs(graph, ops)
-    cos, sin = rotary_tables(spec, context)
-    tables = graph.array("cos_cache", cos), graph.array("sin_cache", sin)
-    step = Step("input_ids", "attention_mask", "position_ids", *tables)
     with graph.scope("model"):
+        tables = rotary_tables(graph, spec, context)
+        step = Step("input_ids", "attention_mask", "position_ids", *tables)
         hidden = ops.embed("input_ids", f"{names.embedding}.weight")
         normed = ops.norm(hidden, f"{names.layer(0)}{names.attention_norm}.weight")
-        for index, layer in enumerate(layers):
+        for index, layer in zip(range(spec.num_hidden_layers), layers, strict=False):
             ops.weights.layer = layer
             with graph.scope(f"layers.{index}"):
                 attended = add_attention(graph, ops, step, index, normed)
@@ -86,6 +97,10 @@ def build(graph: Graph, ops: Ops, layers: Iterable[Any | None], context: int) ->
         kept = last_tokens(graph, normed)
         head = names.embedding if spec.tie_word_embeddings else HEAD
         logits = ops.head(kept, f"{head}.weight")
+    ops.weights.layer = outer = next(layers, None)
+    ops.write_outer()
+    if outer is not None:
+        outer.tensors.clear()
     graph.add("Identity", logits, outputs=["logits"])
     add_outputs(graph, ops)
 

@@ -16,6 +16,7 @@ from onnx import TensorProto
 from qwen_quant.exporters.onnx_blocks import Blocks
 from qwen_quant.exporters.onnx_graph import Graph
 from qwen_quant.exporters.onnx_weights import Weights
+from qwen_quant.grids.gptq import IntGrid
 from qwen_quant.quantize.kv_ranges import ChannelScales
 from qwen_quant.spec import ModelSpec
 
@@ -44,6 +45,7 @@ class Ops(ABC):
     ) -> None:
         self.graph, self.weights, self.spec, self.cache = graph, weights, spec, cache
         self._orders: dict[tuple[str, bytes], str] = {}
+        self._outer: list[str] = []  # embedding and head, as far as they are integers
 
     @abstractmethod
     def norm(self, x: str, name: str) -> str:
@@ -72,6 +74,10 @@ class Ops(ABC):
     @abstractmethod
     def integer_head(self, x: str, name: str) -> str:
         """Logits by a head that is stored as integers."""
+
+    @abstractmethod
+    def store_outer(self, name: str) -> None:
+        """Write the integers of an embedding or head."""
 
     @abstractmethod
     def attention(self, step: Step, layer: int, qkv: Sequence[str]) -> str:
@@ -123,6 +129,7 @@ class Ops(ABC):
         """Rows of the embedding, FP32 [batch, seq, hidden]."""
         choice = self.weights.choices[name]
         if choice.grid is not None:
+            self._outer.append(name)
             return self.integer_rows(tokens, name)
         return self.widened(self.graph.add("Gather", self._table(name), tokens), choice.type)
 
@@ -130,8 +137,20 @@ class Ops(ABC):
         """Logits [batch, seq, vocab]; `name` is the embedding's where the two are one tensor."""
         choice = self.weights.choices[name]
         if choice.grid is not None:
+            self._outer.append(name)
             return self.integer_head(x, name)
         return self.float_product(x, self._table(name), choice.type)
+
+    def outer_grid(self, name: str) -> IntGrid:
+        """The grid of an embedding or head that is stored as integers."""
+        grid = self.weights.choices[name].grid
+        assert grid is not None
+        return grid
+
+    def write_outer(self) -> None:
+        """Write the integers of embedding and head, each once: the quantizer delivers them after all layers."""
+        for name in dict.fromkeys(self._outer):
+            self.store_outer(name)
 
     def _table(self, name: str) -> str:
         """A float embedding or head, written once."""

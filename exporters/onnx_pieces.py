@@ -44,7 +44,8 @@ def run_pieces(
             began = time.perf_counter()
             found = session.run(made, {name: values[name] for name in taken})
             seconds += time.perf_counter() - began
-            values.update(zip(made, found, strict=True))
+            # Arrays of a session lie in its arena, all of which would stay as long as one of them.
+            values.update((name, array.copy()) for name, array in zip(made, found, strict=True))
             for name in values.keys() - later:
                 del values[name]
         del session

@@ -78,27 +78,22 @@ class StandardOps(Ops):
         return self.add_bias(graph.add("MatMul", x, weight), bias)
 
     def integer_rows(self, tokens: str, name: str) -> str:
-        codes, scales, block = self._outer(name)
-        rows, factors = self.graph.add("Gather", codes, tokens), self.graph.add("Gather", scales, tokens)
-        return self.graph.add("DequantizeLinear", rows, factors, axis=2, block_size=block)
+        graph, block = self.graph, self.outer_grid(name).group_size
+        rows, factors = (graph.add("Gather", f"{name}.{part}", tokens) for part in ("codes", "scales"))
+        return graph.add("DequantizeLinear", rows, factors, axis=2, block_size=block)
 
     def integer_head(self, x: str, name: str) -> str:
-        codes, scales, block = self._outer(name)
-        weight = self.graph.add("DequantizeLinear", codes, scales, axis=1, block_size=block)
-        return self.graph.add("MatMul", x, self.graph.add("Transpose", weight, perm=[1, 0]))
+        graph, block = self.graph, self.outer_grid(name).group_size
+        stored = f"{name}.codes", f"{name}.scales"
+        weight = graph.add("DequantizeLinear", *stored, axis=1, block_size=block)
+        return graph.add("MatMul", x, graph.add("Transpose", weight, perm=[1, 0]))
 
-    def _outer(self, name: str) -> tuple[str, str, int]:
-        """Codes int8 [N, K] and scales of an embedding or head, written once, and their block."""
-        choice, graph = self.weights.choices[name], self.graph
-        assert choice.grid is not None
-        n, k = choice.info.shape
-        codes, scales, block = f"{name}.codes", f"{name}.scales", choice.grid.group_size
-        if not graph.has(codes):
-            found: list[np.ndarray] = []
-            parts = self.weights.rounded(name, found)
-            graph.weight(codes, "I8", (n, k), (elements(part.codes, part, True) for part in parts))
-            graph.weight(scales, "F32", (n, k // block), found)
-        return codes, scales, block
+    def store_outer(self, name: str) -> None:
+        graph, (n, k) = self.graph, self.weights.choices[name].info.shape
+        scales: list[np.ndarray] = []
+        parts = self.weights.outer(name, scales)
+        graph.weight(f"{name}.codes", "I8", (n, k), (elements(part.codes, part, True) for part in parts))
+        graph.weight(f"{name}.scales", "F32", (n, k // self.outer_grid(name).group_size), scales)
 
     def attention(self, step: Step, layer: int, qkv: Sequence[str]) -> str:
         graph, spec = self.graph, self.spec

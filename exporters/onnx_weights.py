@@ -11,7 +11,7 @@ from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError
 from qwen_quant.exporters.onnx_blocks import Blocks, stack_rows, to_blocks
 from qwen_quant.exporters.onnx_choices import Choice
-from qwen_quant.grids.base import QuantizedTensor
+from qwen_quant.grids.base import QuantizedTensor, Scales
 from qwen_quant.safetensors import encode_floats
 
 
@@ -84,11 +84,22 @@ class Weights:
             for part in parts:
                 yield encode_floats(self.where(name), part, kind)
 
-    def rounded(self, name: str, scales: list[np.ndarray]) -> Iterator[Blocks]:
-        """An embedding or head rounded to nearest on its grid, in pieces of rows, whose scales are collected."""
+    def outer(self, name: str, scales: list[np.ndarray]) -> Iterator[Blocks]:
+        """An embedding or head in pieces of rows, whose scales are collected: solved, or else rounded to nearest
+        on the scales that err least."""
+        for part in self._outer_rows(name):
+            blocks = to_blocks(self.where(name), part)
+            scales.append(blocks.scales)
+            yield blocks
+
+    def _outer_rows(self, name: str) -> Iterator[QuantizedTensor]:
+        solved = None if self.layer is None else self.layer.tensors.get(name)
+        if solved is not None:
+            for rows in self.checkpoint.source.pieces(name):
+                scales = Scales(solved.scales.scale[rows], solved.scales.offset[rows])
+                yield QuantizedTensor(solved.grid, solved.codes[rows], scales)
+            return
         grid = self.choices[name].grid
         assert grid is not None
         for part in self.checkpoint.source.chunks(name):
-            blocks = to_blocks(self.where(name), grid.plain_rounding(part))
-            scales.append(blocks.scales)
-            yield blocks
+            yield grid.searched_rounding(part, np.ones(part.shape[1], np.float32))

@@ -102,6 +102,7 @@ def _rows(logits: Iterable[Logits]) -> Iterator[Logits]:
     for window in logits:
         for rows in row_blocks(len(window)):
             yield window[rows]
+        del window  # before the next one comes
 
 
 def _read(

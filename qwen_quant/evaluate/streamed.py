@@ -17,6 +17,8 @@ from qwen_quant.quantize.layer import QuantizedLayer
 from qwen_quant.quantize.layer_run import LayerRun
 from qwen_quant.quantize.recipe import Recipe
 
+HEAD_ROWS = 2048  # of the head at once: what runs beside it leaves little room
+
 
 def streamed_logits(
     checkpoint: Checkpoint,
@@ -61,8 +63,7 @@ def _head(checkpoint: Checkpoint, hidden: torch.Tensor) -> npt.NDArray[np.float3
     spec = checkpoint.spec
     name = f"{spec.names.embedding if spec.tie_word_embeddings else HEAD}.weight"
     found = np.empty((len(hidden), spec.vocab_size), dtype=np.float32)
-    start = 0
-    for part in checkpoint.source.chunks(name):  # [rows, hidden]
-        found[:, start : start + len(part)] = (hidden @ torch.from_numpy(part).T).numpy()
-        start += len(part)
+    for start in range(0, spec.vocab_size, HEAD_ROWS):
+        rows = slice(start, min(start + HEAD_ROWS, spec.vocab_size))
+        found[:, rows] = (hidden @ torch.from_numpy(checkpoint.source.read(name, rows)).T).numpy()
     return found

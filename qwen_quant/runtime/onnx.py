@@ -69,6 +69,17 @@ class OnnxFolder:
         """What genai_config.json says about the model."""
         return dict(json.loads((self.path / GENAI).read_text(encoding="utf-8"))["model"])
 
+    def cache_shape(self, cache: Any) -> tuple[int, int, Any]:
+        """Heads, head_dim and dtype of a graph's input; onnxruntime-genai's builder leaves dimensions to its config."""
+        decoder = self.metadata["decoder"]
+        sizes = ((cache.shape[1], "num_key_value_heads"), (cache.shape[3], "head_size"))
+        heads, size = (given if isinstance(given, int) else decoder.get(key) for given, key in sizes)
+        if not (isinstance(heads, int) and isinstance(size, int)):
+            raise FormatError(
+                f"{self.graph}: {cache.name} has no fixed size, and {GENAI} does not give it either"
+            )
+        return heads, size, _DTYPES[cache.type]
+
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer whose files lie in the folder."""
         from qwen_quant.tokenizer import Tokenizer
@@ -97,9 +108,7 @@ class OnnxEngine:
         self.n_ctx = min(n_ctx, folder.context_length) if n_ctx else folder.context_length
         self.n_past = 0
         cache = SharedCache if folder.shares_buffer else GrowingCache
-        shapes = {
-            name: (value.shape[1], value.shape[3], _DTYPES[value.type]) for name, value in caches.items()
-        }
+        shapes = {name: folder.cache_shape(value) for name, value in caches.items()}
         self._cache = cache(shapes, self.n_ctx)
         self.kv_bytes_per_token = float(
             sum(h * size * np.dtype(kind).itemsize for h, size, kind in shapes.values())

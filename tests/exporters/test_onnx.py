@@ -32,7 +32,7 @@ from onnx import numpy_helper
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError, UsageError
 from qwen_quant.evaluate.selfcheck import self_check
-from qwen_quant.exporters.onnx import Form, export_onnx, grid_choice, notes
+from qwen_quant.exporters.onnx import Form, export_onnx, notes
 from qwen_quant.exporters.onnx_blocks import to_blocks
 from qwen_quant.grids import IntGrid
 from qwen_quant.model import load_model
@@ -155,32 +155,40 @@ def test_quantized_embedding_and_head(make_model: Make, tmp_path: Path, tied: bo
         form = Form("F32", token_embedding_type=outer, output_tensor_type=outer)
         sizes[outer] = export_onnx(checkpoint, tmp_path / outer, form).bytes
     saved = (1 if tied else 2) * 4112 * 64 * 4
-    stored = (1 if tied else 2) * 4112 * (64 + 4 if kind == "int8" else 32 + 4)
+    stored = (1 if tied else 2) * 4112 * (64 + 4 if kind == "int8" else 32 + 8)
     assert abs(sizes["F32"] - sizes[kind] - (saved - stored)) < 1 << 17  # a tied one is stored once
     model = load_model(checkpoint)
     names = ["model.embed_tokens.weight", "lm_head.weight"][: 1 if tied else 2]
     for name in names:
-        rounded = IntGrid(8 if kind == "int8" else 4, 64).plain_rounding(checkpoint.read(name)).decode()
+        values, grid = checkpoint.read(name), IntGrid(8, 64) if kind == "int8" else IntGrid(4, 32)
+        rounded = grid.searched_rounding(values, np.ones(64, np.float32)).decode()
         model.load_state_dict({name: torch.from_numpy(rounded)}, strict=False)
     with torch.no_grad():
         wanted = model(torch.from_numpy(TOKENS)[None])[0].numpy()
     check_steps(tmp_path / kind, wanted, 1e-3)
 
 
-def test_calibrated_integers(make_model: Make, tmp_path: Path) -> None:
-    checkpoint = make_model()
-    form = Form("int4", group_size=32, token_embedding_type="F32")
+@pytest.mark.parametrize("tied", [True, False])
+def test_calibrated_integers(make_model: Make, tmp_path: Path, tied: bool) -> None:
+    checkpoint = make_model(tie_word_embeddings=tied)
+    form = Form("int4", group_size=32)
     windows = np.random.default_rng(0).integers(0, 320, (4, 64)).astype(np.int32)
-    layers = list(
-        gptq_layers(checkpoint, grid_choice(IntGrid(4, 32)), windows, Recipe(num_samples=4, seq_len=64))
-    )
+    layers = list(gptq_layers(checkpoint, form.grids(checkpoint), windows, Recipe(num_samples=4, seq_len=64)))
     weights = {name: tensor.decode() for layer in layers for name, tensor in layer.tensors.items()}
+    outer = ["model.embed_tokens.weight"] if tied else ["model.embed_tokens.weight", "lm_head.weight"]
+    assert list(layers[-1].tensors) == outer
     export_onnx(checkpoint, tmp_path / "out", form, layers=layers, record={"bits": 4})
     found = decoded_products(tmp_path / "out")
-    assert sum(len(names.split("+")) for names in found) == len(weights) == 14
+    assert sum(len(names.split("+")) for names in found) == 15 and len(weights) == 14 + len(outer)
     for names, values in found.items():
-        original = np.concatenate([weights[f"{name}.weight"] for name in names.split("+")])
+        original = np.concatenate(
+            [weights[f"{name.removesuffix('.weight')}.weight"] for name in names.split("+")]
+        )
         assert np.array_equal(values, original), names
+    model = load_model(checkpoint)
+    model.load_state_dict({name: torch.from_numpy(values) for name, values in weights.items()}, strict=False)
+    with torch.no_grad():
+        check_steps(tmp_path / "out", model(torch.from_numpy(TOKENS)[None])[0].numpy(), 1e-3)
     properties = {
         p.key: p.value for p in onnx.load(graph_of(tmp_path / "out"), load_external_data=False).metadata_props
     }
@@ -191,18 +199,18 @@ def test_calibrated_integers(make_model: Make, tmp_path: Path) -> None:
 
 def test_solved_layers_are_let_go(make_model: Make, tmp_path: Path) -> None:
     """Memory holds one decoder layer: packed projections are compared, then forgotten."""
-    checkpoint = make_model(**QWEN2)
+    checkpoint, form = make_model(**QWEN2), Form("int4", group_size=32)
     alive: list[weakref.ref] = []
 
     def layers() -> Iterator[QuantizedLayer]:
-        for layer in plain_layers(checkpoint, grid_choice(IntGrid(4, 32))):
+        for layer in plain_layers(checkpoint, form.grids(checkpoint)):
             gc.collect()
             assert all(ref() is None for ref in alive)
             alive.extend(weakref.ref(tensor.codes) for tensor in layer.tensors.values())
             yield layer
             layer.tensors.clear()
 
-    export_onnx(checkpoint, tmp_path / "out", Form("int4", group_size=32), layers=layers())
+    export_onnx(checkpoint, tmp_path / "out", form, layers=layers())
     assert len(alive) == 14
 
 
@@ -236,14 +244,6 @@ def test_integers_of_experts(make_model: Make, tmp_path: Path, family: Any, grid
     form = Form(token_embedding_type="F32", output_tensor_type="F32")
     export_onnx(checkpoint, tmp_path / "out", form)
     assert ("QMoE" in operators(tmp_path / "out")) is fused
-    check_steps(tmp_path / "out", expected(checkpoint), 1e-3)
-
-
-@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_sliding_windows(make_model: Make, tmp_path: Path, family: str) -> None:
-    window = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
-    checkpoint = make_model(**FAMILIES[family], **window)
-    export_onnx(checkpoint, tmp_path / "out", Form("F32"))
     check_steps(tmp_path / "out", expected(checkpoint), 1e-3)
 
 

@@ -53,6 +53,7 @@ def test_pieces_are_the_whole(
     assert len(opened) > 10 and seconds > 0
     for values, feed in zip(found, inputs, strict=True):
         assert values.keys() == {"logits"}
+        assert values["logits"].flags.owndata  # not a part of a session's arena, which would stay with it
         assert np.abs(values["logits"] - session.run(["logits"], feed)[0]).max() < 1e-5
     assert not path.with_name(".piece").exists()
 

@@ -12,21 +12,35 @@ from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.evaluate.selfcheck import self_check
 from qwen_quant.exporters.onnx import Form, export_onnx
 from qwen_quant.model import load_model
+from qwen_quant.quantize.stream import plain_layers
+from qwen_quant.runtime.onnx import OnnxFolder
+from qwen_quant.runtime.session import Session
 from qwen_quant.tokenizer import Tokenizer
 
 PROMPT, COUNT = "The history of the river is", 32
+OPSETS = {"fused": None, "standard": 23}
 
 
-@pytest.fixture(scope="module", params=[None, 23], ids=["fused", "standard"])
+FORMS = {
+    f"{kind}-{name}": Form(kind, opset=opset) for kind in ("BF16", "int4") for name, opset in OPSETS.items()
+}
+
+
+@pytest.fixture(scope="module", params=FORMS.values(), ids=list(FORMS))
 def folder(request: pytest.FixtureRequest, reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("onnx") / "model"
-    export_onnx(Checkpoint(reference), target, Form("BF16", opset=request.param))
+    target, checkpoint = tmp_path_factory.mktemp("onnx") / "model", Checkpoint(reference)
+    rounded = plain_layers(checkpoint, request.param.grids(checkpoint))
+    layers = rounded if request.param.file_type == "int4" else None
+    export_onnx(checkpoint, target, request.param, layers=layers)
     return target
 
 
 @pytest.fixture(scope="module")
-def expected(reference: Path) -> list[int]:
+def expected(folder: Path, reference: Path) -> list[int]:
+    """The reference model's text, or what our Session makes of its weights in 4 bits."""
     prompt = Tokenizer.from_folder(reference).encode(PROMPT)
+    if "q4" in OnnxFolder(folder).graph.name:
+        return list(Session.open(folder).generate(prompt, COUNT))
     return greedy(load_model(Checkpoint(reference)), prompt, COUNT)
 
 
@@ -63,9 +77,13 @@ def test_qwen1_in_onnxruntime_genai(make_qwen1: Callable[..., Path], tmp_path: P
 
 def test_optimum(folder: Path, expected: list[int]) -> None:
     optimum = pytest.importorskip("optimum.onnxruntime", reason="optimum-onnx is not installed")
+    import onnxruntime
     import torch
 
-    model = optimum.ORTModelForCausalLM.from_pretrained(folder)
+    options = onnxruntime.SessionOptions()
+    for key, value in OnnxFolder(folder).options.items():
+        options.add_session_config_entry(key, value)
+    model = optimum.ORTModelForCausalLM.from_pretrained(folder, session_options=options)
     prompt = torch.tensor([Tokenizer.from_folder(folder).encode(PROMPT)])
     made = model.generate(prompt, max_new_tokens=COUNT, do_sample=False, eos_token_id=None)
     assert made[0, prompt.shape[1] :].tolist() == expected

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from helpers.torch_greedy import greedy
@@ -109,3 +110,23 @@ def test_threads_as_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(onnxruntime, "InferenceSession", spy)
     OnnxEngine(OnnxFolder(folder), n_threads=2)
     assert seen == [2]
+
+
+def test_dimensions_that_only_the_config_gives(folder: Path, tmp_path: Path) -> None:
+    """As onnxruntime-genai's builder writes its graphs."""
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    path = OnnxFolder(copy).graph
+    graph = onnx.load(path, load_external_data=False)
+    for value in graph.graph.input:
+        if value.name.startswith("past_key_values"):
+            value.type.tensor_type.shape.dim[3].dim_param = "kv_cache_dim"
+    onnx.save(graph, path)
+    prompt = Session.open(folder).tokenizer.encode(PROMPT)
+    made = [list(Session.open(model, n_threads=1).generate(prompt, 8)) for model in (folder, copy)]
+    assert made[0] == made[1]
+    config = json.loads((copy / "genai_config.json").read_text())
+    del config["model"]["decoder"]["head_size"]
+    (copy / "genai_config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match=r"past_key_values\.0\.key has no fixed size"):
+        Session.open(copy)
