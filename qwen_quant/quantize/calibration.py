@@ -34,7 +34,7 @@ def fast_matmul() -> Iterator[None]:
 
 class Calibration:
     """The moments of one shared input: `hessian` [K, K] = mean over tokens of x xᵀ, and `lack` [M, K], the mean of y xᵀ
-    where a y [M] came with each x. FP32.
+    over those with which a y [M] came. FP32.
 
     The mean is kept rather than the sum: for the widest input it is the largest tensor of a run, once is enough.
     With `shared` all ranks see all inputs, and each of them sums some of the rows.
@@ -46,10 +46,11 @@ class Calibration:
         self._shared = shared
         self._mean = torch.zeros(k, k, dtype=torch.float32, device=device)
         self._lack: Tensor | None = None
+        self._n_lacking = 0  # tokens that count in it
         self._complete = True  # whether all rows are there, and what lies above the blocks on the diagonal
 
     def add(self, x: Tensor, lack: Tensor | None = None) -> None:
-        """Count inputs x [..., K], and `lack` [..., M] with all or none.
+        """Count inputs x [..., K], and `lack` [..., M] where it is known.
 
         Raises CalibrationError when inputs are not finite, or their squares would not be.
         """
@@ -66,17 +67,21 @@ class Calibration:
             )
         if not len(x):
             return
-        before, self.n_tokens = self.n_tokens, self.n_tokens + len(x)
-        shares = {"beta": before / self.n_tokens, "alpha": 1 / self.n_tokens}
+        shares = _shares(self.n_tokens, len(x))
+        self.n_tokens += len(x)
         for rows in self._own(self._mean):  # the lower triangle is half the work
             self._mean[rows, : rows.stop].addmm_(x[:, rows].T, x[:, : rows.stop], **shares)
         if lack is not None:
-            lack = lack.reshape(-1, lack.shape[-1])
-            if self._lack is None:
-                self._lack = torch.zeros(lack.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
-            for rows in self._own(self._lack):
-                self._lack[rows].addmm_(lack[:, rows].T, x, **shares)
+            self._add_lack(x, lack.reshape(-1, lack.shape[-1]))
         self._complete = False
+
+    def _add_lack(self, x: Tensor, lack: Tensor) -> None:
+        if self._lack is None:
+            self._lack = torch.zeros(lack.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
+        shares = _shares(self._n_lacking, len(x))
+        self._n_lacking += len(x)
+        for rows in self._own(self._lack):
+            self._lack[rows].addmm_(lack[:, rows].T, x, **shares)
 
     @property
     def hessian(self) -> Tensor:
@@ -105,6 +110,11 @@ class Calibration:
         for rows in _blocks(self._mean):
             self._mean[rows, rows.stop :] = self._mean[rows.stop :, rows].T
         self._complete = True
+
+
+def _shares(before: int, more: int) -> dict[str, float]:
+    """What a mean over `before` tokens and a sum over some `more` count for in the mean over all."""
+    return {"beta": before / (before + more), "alpha": 1 / (before + more)}
 
 
 def _blocks(matrix: Tensor) -> list[slice]:

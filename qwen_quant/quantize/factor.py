@@ -40,14 +40,6 @@ class Factor:
         extra = difference.square().sum(1, dtype=torch.float64) * self.added[:, None]
         return (cost - extra).clamp_(min=0)
 
-    def solved(self, rows: Tensor) -> Tensor:
-        """Rows [E, N, K] times the inverse of H."""
-        found = torch.linalg.solve_triangular(
-            self.spread.mT, rows, upper=True, left=False, unitriangular=True
-        )
-        found /= self.pivots.square()[:, None]
-        return torch.linalg.solve_triangular(self.spread, found, upper=False, left=False, unitriangular=True)
-
 
 def factorise(hessian: Tensor, damp_percent: float) -> Factor:
     """Factor each H [E, K, K], damped by `damp_percent` of its mean diagonal, and by more where that fails.

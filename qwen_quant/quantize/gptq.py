@@ -15,7 +15,7 @@ Shapes: E problems, N rows, K columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -98,16 +98,6 @@ class Input:
         importance = torch.empty_like(damped).scatter_(1, order, factor.pivots.square())
         return cls(hessian, importance, order, factor)
 
-    def nearest(self, weight: Tensor, lack: Tensor) -> Tensor:
-        """W + E[y xᵀ] H⁻¹ [N, K]: the weights that come nearest to W x + y, given the moments `lack` = E[y xᵀ] [N, K].
-
-        H is damped, which holds them to W [N, K] where inputs say little; where no damping helped they are W.
-        """
-        if self.factor.failed[0]:
-            return weight
-        order = self.order[0]
-        return weight + self.factor.solved(lack[None, :, order])[0][:, order.argsort()]
-
 
 @dataclass
 class _Problem:
@@ -180,17 +170,13 @@ def solve(
     *,
     damp_percent: float = 0.01,
     desc_act: bool = False,
-    lacks: Iterable[Tensor] | None = None,
 ) -> list[Solution]:
     """Quantize weights [N_i, K] that share an input with second moments `hessian` [K, K].
 
-    `grids` is one for all or one for each; `lacks` [N_i, K] are the moments E[y xᵀ] of what the outputs of each should
-    give beside W x. All ranks solve together, each some of the rows.
+    `grids` is one for all or one for each. All ranks solve together, each some of the rows.
     """
     each = [grids] * len(weights) if isinstance(grids, AffineGrid) else list(grids)
     shared = Input.of(hessian[None], damp_percent)
-    if lacks is not None:
-        weights = [shared.nearest(weight, lack) for weight, lack in zip(weights, lacks, strict=True)]
     return solve_input([weight[None] for weight in weights], shared, each, desc_act, _each_on_all_ranks)[0]
 
 

@@ -12,13 +12,24 @@ TOKENS_AT_ONCE = 1024  # calibration tokens per forward pass: bounds activations
 ROUTED_AT_ONCE = 4096  # where each token goes to a few of many experts
 
 
+def _windows_at_once(seq_len: int, routed: bool = False) -> int:
+    return max(1, (ROUTED_AT_ONCE if routed else TOKENS_AT_ONCE) // seq_len)
+
+
 def batches_of(hidden: Tensor, routed: bool = False) -> tuple[Tensor, ...]:
     """Views of `hidden` [samples, seq, hidden] for one forward pass each, through experts if `routed`; writing to one
     writes to `hidden`."""
-    return hidden.split(max(1, (ROUTED_AT_ONCE if routed else TOKENS_AT_ONCE) // hidden.shape[1]))
+    return hidden.split(_windows_at_once(hidden.shape[1], routed))
 
 
-OfBatch = Callable[[int, Tensor], Tensor]  # of a batch's number and what it makes a stage's linears read
+def half_of(samples: int, seq_len: int) -> int:
+    """The windows of the first half of all batches."""
+    step = _windows_at_once(seq_len)
+    return min(samples, step * -(-samples // (2 * step)))
+
+
+# Of a batch's number and what it makes a stage's linears read; None where it is not known.
+OfBatch = Callable[[int, Tensor], Tensor | None]
 
 
 class Inputs:

@@ -23,7 +23,7 @@ from qwen_quant.quantize.inputs import Inputs, OfBatch, batches_of
 from qwen_quant.quantize.layer import QuantizedLayer
 from qwen_quant.quantize.layer_weights import LayerWeights
 from qwen_quant.quantize.ranks import each_on_its_rank, own_part
-from qwen_quant.quantize.targets import Lack, Reference, lack_of_inputs, lack_of_outputs
+from qwen_quant.quantize.targets import Aim, Reference, at_inputs, at_outputs, told
 
 
 class LayerRun(LayerWeights):
@@ -34,22 +34,22 @@ class LayerRun(LayerWeights):
     ) -> QuantizedLayer:
         """Quantize the layer and carry `hidden` [samples, seq, hidden] through it, in place.
 
-        With `exact`, the same hidden states in full precision, the linears aim at what they give there (targets.py),
-        those of experts excepted; it is carried through the layer as it was.
+        With `exact`, the first of the same hidden states in full precision, the linears aim at what they give there
+        (targets.py), those of experts excepted; it is carried through the layer as it was.
         """
         layer, names, batches = self.layer, self.spec.names, batches_of(hidden)
         reference = None if exact is None else Reference(self.spec, self.index, layer, exact, table)
 
         lack: OfBatch | None = None if reference is None else reference.attention_lack
         inputs = Inputs(layer.attention_input, batches, lack=lack)
-        self._quantize(names.qkv, self._moments(names.qkv, inputs), lack_of_inputs)
+        self._quantize(names.qkv, self._moments(names.qkv, inputs), at_inputs)
 
         lack = None if reference is None else reference.after_attention(batches)
         contexts = Inputs(lambda part: self._context(part, table), batches, self.keep_activations, lack)
         moments = self._moments((names.output,), contexts)
         if reference is not None:
             reference.passed(*names.qkv, names.output)
-        self._quantize((names.output,), moments, lack_of_outputs)
+        self._quantize((names.output,), moments, at_outputs)
         _add(batches, contexts.outputs(layer.attention_output))
         self.watch.lap("calibrate")
 
@@ -85,13 +85,13 @@ class LayerRun(LayerWeights):
         first, last = names[:2], names[2:]
         lack: OfBatch | None = None if reference is None else reference.mlp_lack
         inputs = Inputs(self.layer.mlp_input, batches, lack=lack)
-        self._quantize(first, self._moments(first, inputs), lack_of_inputs)
+        self._quantize(first, self._moments(first, inputs), at_inputs)
         lack = None if reference is None else reference.after_mlp(batches)
         gated = Inputs(lambda part: module.gated(self.layer.mlp_input(part)), batches, keep, lack)
         moments = self._moments(last, gated)
         if reference is not None:
             reference.passed(*names)
-        self._quantize(last, moments, lack_of_outputs)
+        self._quantize(last, moments, at_outputs)
         return gated
 
     def _through_experts(
@@ -204,22 +204,23 @@ class LayerRun(LayerWeights):
             moments.add(x, lack)
         return moments
 
-    def _quantize(self, stage: tuple[str, ...], moments: Calibration, lack: Lack) -> None:
-        """Solve the stage's linears together; `lack` turns `moments.lack` into that of a weight's outputs."""
+    def _quantize(self, stage: tuple[str, ...], moments: Calibration, aim: Aim) -> None:
+        """Solve the stage's linears together, with `aim` at what they lack where that is known."""
         self.watch.lap("calibrate")
         grids = self._grids_of(stage)
         if not grids:
             return
         give_back_memory()  # of the passes, whose tensors have other sizes than the solver's
         weights = [self._linear(name).weight.data for name in grids]
-        lacking = moments.lack
+        if moments.lack is not None:
+            change = told(moments.lack, moments.hessian)
+            weights = [aim(weight, change) for weight in weights]
         solutions = solve(
             weights,
             moments.hessian,
             list(grids.values()),
             damp_percent=self.recipe.damp_percent,
             desc_act=self.recipe.desc_act,
-            lacks=None if lacking is None else (lack(weight, lacking) for weight in weights),
         )
         found = [self._solved(*pair, moments.n_tokens) for pair in zip(grids, solutions, strict=True)]
         self._take(found, elsewhere=False)

@@ -22,7 +22,7 @@ from qwen_quant.quantize.inputs import Inputs, batches_of
 from qwen_quant.quantize.layer import LinearReport, QuantizedLayer, Stopwatch
 from qwen_quant.quantize.ranks import each_on_its_rank
 from qwen_quant.quantize.recipe import GridChoice, Recipe
-from qwen_quant.quantize.targets import lack_of_inputs
+from qwen_quant.quantize.targets import at_inputs, told
 from qwen_quant.spec import TensorInfo
 
 OUTER = -1  # the number of what lies outside the layers
@@ -41,7 +41,7 @@ def solve_outer(
     checkpoint: Checkpoint, grids: GridChoice, recipe: Recipe, hidden: Tensor, exact: Tensor | None = None
 ) -> QuantizedLayer:
     """Quantize embedding and head; `hidden` [samples, seq, hidden] came out of the last layer, and `exact` in full
-    precision: where it is known the head aims at its logits (targets.py)."""
+    precision, the first of them: where it is known the head aims at its logits (targets.py)."""
     watch, result = Stopwatch(), QuantizedLayer(OUTER)
     spec, chosen = checkpoint.spec, outer_grids(checkpoint, grids)
     for info in spec.outer_tensors():
@@ -66,8 +66,8 @@ def final_moments(checkpoint: Checkpoint, hidden: Tensor, exact: Tensor | None =
     norm.weight.copy_(torch.from_numpy(checkpoint.read(name)))
     reference = batches_of(hidden if exact is None else exact)
 
-    def lack(number: int, x: Tensor) -> Tensor:
-        return norm(reference[number]) - x
+    def lack(number: int, x: Tensor) -> Tensor | None:
+        return norm(reference[number]) - x if number < len(reference) else None
 
     moments = Calibration(spec.hidden_size, name, hidden.device, shared=True)
     for x, missing in Inputs(norm, batches_of(hidden), lack=None if exact is None else lack):
@@ -93,12 +93,13 @@ def _solve_head(
     hessian = moments.hessian
     if checkpoint.spec.tie_word_embeddings:
         hessian = tied_hessian(hessian)
+    change = None if moments.lack is None else told(moments.lack, hessian)
     shared = Input.of(hessian[None], recipe.damp_percent)
 
     def solved(rows: slice) -> Solution:
         weight = torch.from_numpy(checkpoint.source.read(info.name, rows)).to(hessian.device)
-        if moments.lack is not None:
-            weight = shared.nearest(weight, lack_of_inputs(weight, moments.lack))
+        if change is not None:
+            weight = at_inputs(weight, change)
         [[solution]] = solve_input([weight[None]], shared, [grid])
         return solution
 

@@ -21,6 +21,7 @@ from qwen_quant.quantize.plan_layer import (
     aiming_work,
     copied_layer,
     copy_work,
+    exact_tokens,
     hessian_and_solve,
     largest,
     packing_bytes,
@@ -92,16 +93,16 @@ def plan_run(
         else:
             layers.append(copied_layer(layer, mine))
     tokens = recipe.num_samples * recipe.seq_len if recipe is not None and recipe.calibrate else 0
-    streams = 2 if recipe is not None and recipe.correct_targets else 1
+    exact = exact_tokens(recipe) if recipe is not None and recipe.calibrate else 0
     outer = by_layer[-1]
     return Plan(
         tuple(tensors),
         tuple(layers),
-        _outer_stage(spec, outer, tokens, streams),
-        _outer_work(spec, outer, tokens, streams),
+        _outer_stage(spec, outer, tokens, exact),
+        _outer_work(spec, outer, tokens, exact),
         base,
         keep_activations,
-        FLOAT * tokens * spec.hidden_size * streams,
+        FLOAT * (tokens + exact) * spec.hidden_size,
         beside,
     )
 
@@ -147,30 +148,30 @@ def size(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
 
 
-def _outer_stage(spec: ModelSpec, tensors: list[StoredTensor], tokens: int, streams: int) -> Stage:
+def _outer_stage(spec: ModelSpec, tensors: list[StoredTensor], tokens: int, exact: int) -> Stage:
     """Embedding the calibration tokens (each distinct row twice), solving embedding and head in pieces, or copying
-    them so; `streams` of hidden states."""
+    them so; `exact` tokens pass in full precision too."""
     rows = min(tokens, spec.vocab_size)
-    embedding = FLOAT * spec.hidden_size * (streams * tokens + 2 * rows) + 4 * PIECE if tokens else 0
+    embedding = FLOAT * spec.hidden_size * (tokens + exact + 2 * rows) + 4 * PIECE if tokens else 0
     floats = max(PLAIN if tensor.quantized else 3 for tensor in tensors)
     copying = FLOAT * floats * min(PIECE // 2, largest(tensors))
     stages = [Stage("embedding", embedding), Stage("writing embedding and head", copying)]
     if tokens:
         solved = [tensor for tensor in tensors if tensor.quantized]
-        held = streams * FLOAT * tokens * spec.hidden_size + CODE * sum(tensor.weights for tensor in solved)
+        held = FLOAT * (tokens + exact) * spec.hidden_size + CODE * sum(tensor.weights for tensor in solved)
         piece = min(PIECE // 2 // spec.hidden_size, spec.vocab_size)
-        aiming = (streams - 1) * FLOAT * spec.hidden_size * (piece + spec.hidden_size)
+        aiming = FLOAT * spec.hidden_size * (piece + spec.hidden_size) if exact else 0
         need = held + max((solve_bytes(1, piece, spec.hidden_size) + aiming for _ in solved), default=0)
         stages.append(Stage("solving embedding and head", need + max(map(packing_bytes, solved), default=0)))
     return max(stages, key=lambda stage: stage.nbytes)
 
 
-def _outer_work(spec: ModelSpec, tensors: list[StoredTensor], tokens: int, streams: int) -> Work:
+def _outer_work(spec: ModelSpec, tensors: list[StoredTensor], tokens: int, exact: int) -> Work:
     """A head (or tied embedding) is solved like other linears; an embedding alone is only rounded."""
     work = copy_work(tensors)
     for tensor in tensors:
         if tokens and tensor.quantized and (tensor.info.role == "head" or spec.tie_word_embeddings):
             work += hessian_and_solve(1, tokens, spec.vocab_size, spec.hidden_size)
-            if streams > 1:
-                work += aiming_work(tokens, spec.vocab_size, spec.hidden_size, spec.hidden_size)
+            if exact:
+                work += aiming_work(exact, spec.vocab_size, spec.hidden_size, spec.hidden_size)
     return work

@@ -4,9 +4,9 @@ Memory in FP32 values unless said otherwise. T: calibration tokens; B: tokens of
 intermediate size; E problems of W [N, K] share a solve.
 
     always            hidden states T·H, non-expert weights of one layer, codes of its solved weights (1 byte each)
-    targets           hidden states in full precision T·H; beside a Hessian what is lacking: K² of inputs, N·K of
-                      outputs; the weights N·K that are solved instead of W; while a part of the layer runs, its
-                      weights twice and the activations of B tokens twice
+    targets           hidden states in full precision, T·H of half the windows; beside a Hessian what is lacking: K²
+                      of inputs, N·K of outputs; the weights N·K that are solved instead of W; while a part of the
+                      layer runs, its weights twice and the activations of B tokens twice
     attention         contexts T·q_size, unless they are computed again; activations of B tokens
     MLP               gated activations T·F, unless they are computed again; activations of B tokens
     a shared input    its Hessian K²
@@ -31,7 +31,7 @@ from qwen_quant.quantize.calibration import BLOCK
 from qwen_quant.quantize.descend import SWEEPS
 from qwen_quant.quantize.experts import COLD, groups_of_experts
 from qwen_quant.quantize.gptq import FLOATS_AT_ONCE, LARGE, MEASURED, ROWS_AT_ONCE
-from qwen_quant.quantize.inputs import ROUTED_AT_ONCE, TOKENS_AT_ONCE
+from qwen_quant.quantize.inputs import ROUTED_AT_ONCE, TOKENS_AT_ONCE, half_of
 from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.spec import ModelSpec
@@ -136,11 +136,6 @@ class CalibratedLayer:
         return min(self.tokens, max(self.recipe.seq_len, limit))
 
     @property
-    def states(self) -> float:
-        """Bytes of the hidden states, of those in full precision too where targets are corrected."""
-        return FLOAT * self.tokens * self.spec.hidden_size * (2 if self.recipe.correct_targets else 1)
-
-    @property
     def moe(self) -> MoESpec | None:
         return self.spec.moe if self.spec.is_sparse(self.layer) else None
 
@@ -149,7 +144,7 @@ class CalibratedLayer:
         hidden_size, q, qkv = spec.hidden_size, spec.q_size, spec.q_size + 2 * spec.kv_size
         # An expert's name holds its number, a stack of experts in GGUF's does not; both have `.experts.`.
         resident = [t for t in self.tensors if ".experts." not in t.info.name]
-        hidden = self.states
+        hidden = FLOAT * (tokens + exact_tokens(self.recipe)) * hidden_size
         twice = 2 if self.recipe.correct_targets else 1
         held = hidden + FLOAT * _weights(resident)
         contexts = FLOAT * tokens * q if self.keep_activations else 0
@@ -213,18 +208,18 @@ class CalibratedLayer:
         attention = 2 * tokens * hidden_size * qkv + 4 * tokens * self.recipe.seq_len * q
         work = Work(matmul=passes * attention + 2 * tokens * q * hidden_size)
         work += hessian_and_solve(1, tokens, qkv, hidden_size) + hessian_and_solve(1, tokens, hidden_size, q)
-        if self.recipe.correct_targets:
-            work += Work(matmul=attention) + aiming_work(tokens, qkv, hidden_size, hidden_size)
-            work += Work(matmul=4 * tokens * q * hidden_size) + aiming_work(
-                tokens, hidden_size, q, hidden_size
-            )
+        exact = exact_tokens(self.recipe)
+        if exact:
+            work += Work(matmul=exact / tokens * attention + 4 * exact * q * hidden_size)
+            work += aiming_work(exact, qkv, hidden_size, hidden_size)
+            work += aiming_work(exact, hidden_size, q, hidden_size)
         if self.moe is None:
             ffn = spec.intermediate_size
             work += self._mlp_work(1, tokens, ffn, passes)
-            if self.recipe.correct_targets:
-                work += aiming_work(tokens, 2 * ffn, hidden_size, hidden_size)
-                work += aiming_work(tokens, hidden_size, ffn, hidden_size)
-                work += Work(matmul=8 * tokens * hidden_size * ffn)
+            if exact:
+                work += aiming_work(exact, 2 * ffn, hidden_size, hidden_size)
+                work += aiming_work(exact, hidden_size, ffn, hidden_size)
+                work += Work(matmul=8 * exact * hidden_size * ffn)
         else:
             moe = self.moe
             routed = tokens * moe.num_experts_per_tok / moe.num_experts
@@ -234,8 +229,7 @@ class CalibratedLayer:
             if routed < COLD * ffn:  # down_proj of a cold expert sees the layer's first tokens as well
                 first = min(tokens, COLD * ffn)
                 pool += moe.num_experts * (4 * first * hidden_size * ffn + hessian_work(first, ffn))
-            if self.recipe.correct_targets:
-                pool += 6 * tokens * moe.num_experts_per_tok * hidden_size * ffn
+            pool += 6 * exact * moe.num_experts_per_tok * hidden_size * ffn
             work += Work(matmul=pool)
             if moe.shared_expert_intermediate_size is not None:
                 work += self._mlp_work(1, tokens, moe.shared_expert_intermediate_size)
@@ -277,9 +271,14 @@ def solver_work(rows: int, columns: int) -> float:
     return (1 + 2 * SWEEPS + measured) * rows * columns**2
 
 
+def exact_tokens(recipe: Recipe) -> int:
+    """Tokens that pass in full precision too, for targets."""
+    return half_of(recipe.num_samples, recipe.seq_len) * recipe.seq_len if recipe.correct_targets else 0
+
+
 def aiming_work(tokens: float, rows: int, columns: int, lack: int) -> Work:
-    """Correcting the targets of weights [rows, columns]: moments with `lack` rows, and two triangular systems."""
-    return Work(matmul=2 * tokens * lack * columns + 2 * rows * columns**2)
+    """Correcting the targets of weights [rows, columns]: moments with `lack` rows, a factor, two triangular systems."""
+    return Work(matmul=2 * tokens * lack * columns + 2 * rows * columns**2, factor=columns**3 / 3)
 
 
 def hessian_and_solve(problems: int, tokens: float, rows: int, columns: int) -> Work:

@@ -28,7 +28,7 @@ from qwen_quant.quantize.ranks import each_on_its_rank, joined
 from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.quantize.resume import Fingerprint, LayerStore, Losses, fingerprint
 from qwen_quant.quantize.stream import embedded, pick_device
-from qwen_quant.quantize.targets import Lack
+from qwen_quant.quantize.targets import Aim
 from qwen_quant.spec import TensorInfo
 
 Menu = Callable[[TensorInfo], Sequence[AffineGrid]]  # the grids that a tensor may lie on
@@ -107,7 +107,7 @@ class _MeasuringRun(LayerRun):
         self.menu, self.gradients = menu, gradients
         self.losses: Losses = {}
 
-    def _quantize(self, stage: tuple[str, ...], moments: Calibration, lack: Lack) -> None:
+    def _quantize(self, stage: tuple[str, ...], moments: Calibration, aim: Aim) -> None:
         shared = Input.of(moments.hessian[None], self.recipe.damp_percent)
         for found in each_on_its_rank(lambda name: self._measure(name, shared), stage):
             self.losses |= found

@@ -19,6 +19,7 @@ from qwen_quant.grids.base import AffineGrid
 from qwen_quant.model import new_rotary
 from qwen_quant.progress import progress
 from qwen_quant.quantize.calibration import fast_matmul
+from qwen_quant.quantize.inputs import half_of
 from qwen_quant.quantize.layer import QuantizedLayer
 from qwen_quant.quantize.layer_run import LayerRun
 from qwen_quant.quantize.layer_weights import recipe_record
@@ -109,7 +110,9 @@ def _layers(
     spec = checkpoint.spec
     device = pick_device(recipe.device)
     hidden = embedded(checkpoint, windows).to(device)  # [samples, seq, hidden]
-    exact = hidden.clone() if recipe.correct_targets else None  # the same in full precision
+    exact = None  # the first of them in full precision
+    if recipe.correct_targets:
+        exact = hidden[: half_of(*windows.shape)].clone()
     table = new_rotary(spec).to(device)(0, windows.shape[1])
 
     def solved(index: int) -> QuantizedLayer:

@@ -7,10 +7,12 @@ W (x - x̂) + h - ĥ. The weights that come nearest to what W gives and lacks ar
 
     W' = argmin E|W' x̂ - (W x̂ + lack)|² + λ |W' - W|² = W + E[lack x̂ᵀ] (H + λ)⁻¹
 
-with λ the solver's damping, and these are rounded instead of W. Without the hidden states' part it is the objective of
-GPTAQ (Li et al. 2025, arXiv:2504.02692), solved before rounding instead of column by column.
+and these are rounded instead of W. Without the hidden states' part it is the objective of GPTAQ (Li et al. 2025,
+arXiv:2504.02692), solved before rounding instead of column by column.
 
-It takes the same tokens' hidden states in full precision, which go through the layer beside the others.
+It takes the same tokens' hidden states in full precision, which go through the layer beside the others. Half of the
+calibration windows do: all of them would cost twice as much, and the second half adds a fifth to what is gained
+(docs/quantization.md).
 """
 
 from __future__ import annotations
@@ -29,26 +31,39 @@ from qwen_quant.spec import ModelSpec
 
 Batches = tuple[Tensor, ...]
 Table = tuple[Tensor, Tensor]
-Lack = Callable[
+# λ as a share of the mean diagonal. Little of what is lacking follows from a layer's inputs, the rest is noise: with the
+# solver's 0.01 more of that is learned, and less is gained on other text (docs/quantization.md).
+DAMPING = 0.1
+Aim = Callable[
     [Tensor, Tensor], Tensor
-]  # from a weight [N, K] and a lack's moments [M, K] to its outputs' [N, K]
+]  # from a weight [N, K] and what was told [M, K] to that which is rounded
 
 
-def lack_of_inputs(weight: Tensor, moments: Tensor) -> Tensor:
-    """What outputs lack where inputs lack the `moments` E[(x - x̂) x̂ᵀ] [K, K]."""
-    return weight @ moments
+def told(lack: Tensor, hessian: Tensor) -> Tensor:
+    """E[y xᵀ] (H + λ)⁻¹ [M, K]: what inputs x tell of y, given `lack` = E[y xᵀ] [M, K] and H = E[x xᵀ] [K, K]. Nothing
+    where H cannot be factored (see factor.py)."""
+    damped = hessian.clone()
+    damped.diagonal().add_(DAMPING * hessian.diagonal().mean())
+    factor, info = torch.linalg.cholesky_ex(damped)
+    return torch.zeros_like(lack) if info else torch.cholesky_solve(lack.T, factor).T
 
 
-def lack_of_outputs(weight: Tensor, moments: Tensor) -> Tensor:
-    """What outputs lack where the moments are their own."""
-    return moments
+def at_inputs(weight: Tensor, told: Tensor) -> Tensor:
+    """The weights [N, K] for which inputs make up for what was `told` [K, K] that they lack."""
+    return weight + weight @ told
+
+
+def at_outputs(weight: Tensor, told: Tensor) -> Tensor:
+    """The weights [N, K] whose outputs make up for what was `told` [N, K] that they lack."""
+    return weight + told
 
 
 class Reference:
-    """A decoder layer in full precision, and the hidden states [samples, seq, hidden] that it carries along, in place.
+    """A decoder layer in full precision, and the hidden states [samples, seq, hidden] that it carries along, in place:
+    those of the first windows, `half_of` them.
 
     Its weights are those of `layer` now; giving `layer` others leaves them as they are. Batches have the numbers of
-    `batches_of`, and each is carried by its rank.
+    `batches_of`, and each is carried by its rank. What is lacking is known of these batches.
     """
 
     def __init__(
@@ -58,19 +73,24 @@ class Reference:
         self._layer = _alike(spec, index, layer)
         self._batches = batches_of(hidden)
 
-    def attention_lack(self, number: int, x: Tensor) -> Tensor:
+    def attention_lack(self, number: int, x: Tensor) -> Tensor | None:
         """By how much inputs x of q, k and v differ from those in full precision."""
-        return self._layer.attention_input(self._batches[number]) - x
+        return self._layer.attention_input(self._batches[number]) - x if self._knows(number) else None
 
-    def mlp_lack(self, number: int, x: Tensor) -> Tensor:
+    def mlp_lack(self, number: int, x: Tensor) -> Tensor | None:
         """The same of gate and up."""
-        return self._layer.mlp_input(self._batches[number]) - x
+        return self._layer.mlp_input(self._batches[number]) - x if self._knows(number) else None
+
+    def _knows(self, number: int) -> bool:
+        return number < len(self._batches)
 
     def after_attention(self, hidden: Batches) -> OfBatch:
         """What o lacks [..., hidden] with inputs x of a batch, before it is added to `hidden`; carries the batch past
         it."""
 
-        def lack(number: int, x: Tensor) -> Tensor:
+        def lack(number: int, x: Tensor) -> Tensor | None:
+            if not self._knows(number):
+                return None
             own = self._layer.attend(self._layer.attention_input(self._batches[number]), self._table)
             return self._added(number, self._names.output, own, x, hidden)
 
@@ -81,7 +101,9 @@ class Reference:
         mlp = self._layer.mlp
         assert isinstance(mlp, MLP)
 
-        def lack(number: int, x: Tensor) -> Tensor:
+        def lack(number: int, x: Tensor) -> Tensor | None:
+            if not self._knows(number):
+                return None
             own = mlp.gated(self._layer.mlp_input(self._batches[number]))
             return self._added(number, self._names.mlp[-1], own, x, hidden)
 
