@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -181,6 +182,8 @@ def command(
     from qwen_quant.runtime.sampling_params import SamplingParams
 
     sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    if sampling.needs_logits:  # NumPy takes its time, too: now, while the weights are loaded
+        import_module("qwen_quant.runtime.sampling")
     session.draft_max = draft_max if lookup else 0
     request.check(session.tokenizer)
     limit = DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens

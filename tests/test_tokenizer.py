@@ -136,6 +136,19 @@ def stored(ours: Tokenizer) -> dict[str, Any]:
     return {**found, **{key: _core.Strings(found[key]) for key in lists}}
 
 
+def test_stored_strings_are_a_sequence() -> None:
+    items = ["", "a", "é的\U0001f600", "a"]
+    strings = _core.Strings(items)
+    assert list(strings) == items and len(strings) == 4
+    assert (strings[2], strings[-4], strings.places("a"), strings.places("b")) == (items[2], "", [1, 3], [])
+    for index in (4, -5):
+        with pytest.raises(IndexError):
+            strings[index]
+    for wrong in (["a", 1], ["\udcff"]):
+        with pytest.raises((TypeError, UnicodeEncodeError)):
+            _core.Strings(wrong)  # type: ignore[arg-type]
+
+
 WORDS = st.sampled_from([*TEXTS, *Path(__file__).read_text().split(), " ", "\n\n", "的", "ſ", "＞\u0338"])
 
 

@@ -73,6 +73,7 @@ void bind_vocabulary(nb::module_& m) {
              "Those that a file has under a key; raises FormatError without them.")
         .def("__len__", &Strings::size)
         .def("__getitem__", &string_at, nb::arg("index"))
+        .def("__iter__", [](nb::handle self) { return nb::steal(PySeqIter_New(self.ptr())); })
         .def("places", &places, nb::arg("text"), "The indices at which `text` stands.")
         .def("covered", &covered, nb::arg("triples"), "The indices of what `triples` covers.");
     nb::class_<ByteTriples>(m, "ByteTriples", "Which three bytes follow one another in texts, spelled byte by byte.")

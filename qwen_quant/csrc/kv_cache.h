@@ -50,11 +50,11 @@ public:
     void reserve(int64_t sequence, int64_t begin, int64_t end) {
         Pages& pages = pages_[static_cast<size_t>(sequence)];
         const size_t first = static_cast<size_t>(begin / kPage), count = static_cast<size_t>((end + kPage - 1) / kPage);
-        while (pages.size() < count) pages.push_back(new_page());
+        while (pages.size() < count) pages.push_back(new_page(pages.size()));
         for (size_t i = first; i < count; ++i) {
             if (pages[i].use_count() == 1) continue;
             const std::shared_ptr<Buffer> shared = pages[i];
-            pages[i] = new_page();
+            pages[i] = new_page(i);
             std::memcpy(pages[i]->data(), shared->data(), page_bytes_);
         }
     }
@@ -203,9 +203,11 @@ private:
 
     size_t key_bytes(int64_t layer) const { return kv_head_bytes(layout(layer).key.type, head_dim_); }
     size_t value_bytes(int64_t layer) const { return kv_head_bytes(layout(layer).value.type, head_dim_); }
-    std::shared_ptr<Buffer> new_page() const {
+    // A short context needs a little of every layer's part. The system's large pages would all be cleared and held for
+    // it, so the first page does without.
+    std::shared_ptr<Buffer> new_page(size_t index) const {
         auto page = std::make_shared<Buffer>(page_bytes_);
-        advise_large_pages(*page);
+        if (index > 0) advise_large_pages(*page);
         return page;
     }
     uint8_t* layer_page(int64_t layer, int64_t position) const {

@@ -3,6 +3,10 @@
 #include <cstring>
 #include <type_traits>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include "quant_blocks.h"
 #include "quant_types.h"
 
@@ -24,6 +28,32 @@ void for_each_piece(const BlockFormat& format, int64_t lanes, int64_t lane, Visi
     pieces(format.words, std::integral_constant<int, 4>());
 }
 
+// Four words from each of four rows at a time: the first words of all, then the second ones, and so on, each `stride` bytes
+// behind the one before.
+inline void interleave_four(const uint8_t* const* rows, size_t at, uint32_t flip, uint8_t* out, size_t stride) {
+#ifdef __SSE2__
+    __m128i x[4];
+    for (int i = 0; i < 4; ++i) {
+        x[i] = _mm_xor_si128(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + at)),
+                             _mm_set1_epi32(static_cast<int>(flip)));
+    }
+    const __m128i low01 = _mm_unpacklo_epi32(x[0], x[1]), low23 = _mm_unpacklo_epi32(x[2], x[3]);
+    const __m128i high01 = _mm_unpackhi_epi32(x[0], x[1]), high23 = _mm_unpackhi_epi32(x[2], x[3]);
+    const __m128i turned[4] = {_mm_unpacklo_epi64(low01, low23), _mm_unpackhi_epi64(low01, low23),
+                               _mm_unpacklo_epi64(high01, high23), _mm_unpackhi_epi64(high01, high23)};
+    for (int i = 0; i < 4; ++i) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * stride), turned[i]);
+#else
+    for (int i = 0; i < 4; ++i) {
+        for (int row = 0; row < 4; ++row) {
+            uint32_t word;
+            std::memcpy(&word, rows[row] + at + 4 * i, 4);
+            word ^= flip;
+            std::memcpy(out + i * stride + 4 * row, &word, 4);
+        }
+    }
+#endif
+}
+
 // One block of `Lanes` rows, piece by piece in the order in which a group holds them; the words xor-ed with `flip`.
 template <int Lanes>
 void interleave(const BlockFormat& format, const uint8_t* const (&wide)[Lanes], uint32_t flip, uint8_t* out) {
@@ -34,7 +64,11 @@ void interleave(const BlockFormat& format, const uint8_t* const (&wide)[Lanes], 
     for (int i = 0; i < format.bytes; ++i, ++at) {
         for (int lane = 0; lane < Lanes; ++lane) *out++ = wide[lane][at];
     }
-    for (int i = 0; i < format.words; ++i, at += 4) {
+    int left = format.words;
+    for (; left >= 4; left -= 4, at += 16, out += 16 * Lanes) {
+        for (int lane = 0; lane < Lanes; lane += 4) interleave_four(wide + lane, at, flip, out + 4 * lane, 4 * Lanes);
+    }
+    for (; left > 0; --left, at += 4) {
         for (int lane = 0; lane < Lanes; ++lane, out += 4) {
             uint32_t word;
             std::memcpy(&word, wide[lane] + at, 4);
