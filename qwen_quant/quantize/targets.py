@@ -31,8 +31,8 @@ from qwen_quant.spec import ModelSpec
 
 Batches = tuple[Tensor, ...]
 Table = tuple[Tensor, Tensor]
-# λ as a share of the mean diagonal. Little of what is lacking follows from a layer's inputs, the rest is noise: with the
-# solver's 0.01 more of that is learned, and less is gained on other text (docs/quantization.md).
+# λ as a share of the mean diagonal. Little of what is lacking follows from a layer's inputs, the rest is noise: with
+# the solver's 0.01 more of that is learned, and less is gained on other text (docs/quantization.md).
 DAMPING = 0.1
 Aim = Callable[
     [Tensor, Tensor], Tensor
