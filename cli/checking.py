@@ -39,12 +39,13 @@ def memory(checkpoint: Checkpoint, stored: list[StoredTensor], runtime: str) -> 
     from qwen_quant.evaluate.selfcheck import WINDOW
     from qwen_quant.quantize import plan_beside
 
-    copies = {
-        "onnx": plan_beside.ONNXRUNTIME,
-        "gguf": plan_beside.ENGINE,
-        "gptq": plan_beside.STREAMED,
+    nbytes = sum(tensor.nbytes for tensor in stored)
+    held = {
+        "onnx": plan_beside.held_by_onnxruntime(stored),
+        "gguf": plan_beside.ENGINE * nbytes,
+        "gptq": plan_beside.STREAMED * nbytes,
     }
-    return (plan_beside.checking(checkpoint.spec, stored, WINDOW, copies[runtime]),)
+    return (plan_beside.checking(checkpoint.spec, stored, WINDOW, held[runtime]),)
 
 
 def size_of(artifact: Path) -> int:

@@ -261,4 +261,7 @@ def _layer_parts(checkpoint: Checkpoint, choice: Choice, layer: Layer) -> Iterat
         tensor = layer.tensors.get(info.name)
         if tensor is None:
             raise FormatError(f"{where}: is {choice.type} in this file, but was not quantized")
-        yield pack_tensor(where, tensor, gguf_grid(choice.type))
+        # Packing takes several bytes a weight, and an embedding has as many weights as some layers.
+        pieces = checkpoint.source.pieces(info.name) if info.layer < 0 else [slice(None)]
+        for rows in pieces:
+            yield pack_tensor(where, tensor.rows(rows), gguf_grid(choice.type))

@@ -101,6 +101,7 @@ def build(graph: Graph, ops: Ops, layers: Iterator[Any | None], context: int) ->
     ops.write_outer()
     if outer is not None:
         outer.tensors.clear()
+        next(layers, None)  # the quantizer ends its run
     graph.add("Identity", logits, outputs=["logits"])
     add_outputs(graph, ops)
 

@@ -11,7 +11,7 @@ from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import FormatError
 from qwen_quant.exporters.onnx_blocks import Blocks, stack_rows, to_blocks
 from qwen_quant.exporters.onnx_choices import Choice
-from qwen_quant.grids.base import QuantizedTensor, Scales
+from qwen_quant.grids.base import QuantizedTensor
 from qwen_quant.safetensors import encode_floats
 
 
@@ -95,9 +95,7 @@ class Weights:
     def _outer_rows(self, name: str) -> Iterator[QuantizedTensor]:
         solved = None if self.layer is None else self.layer.tensors.get(name)
         if solved is not None:
-            for rows in self.checkpoint.source.pieces(name):
-                scales = Scales(solved.scales.scale[rows], solved.scales.offset[rows])
-                yield QuantizedTensor(solved.grid, solved.codes[rows], scales)
+            yield from map(solved.rows, self.checkpoint.source.pieces(name))
             return
         grid = self.choices[name].grid
         assert grid is not None

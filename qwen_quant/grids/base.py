@@ -94,6 +94,11 @@ class QuantizedTensor:
             self.codes, self.grid.spread(self.scales, self.codes.shape[1], self.group_index)
         )
 
+    def rows(self, which: slice) -> QuantizedTensor:
+        """Some of the rows, nothing copied."""
+        scales = Scales(self.scales.scale[which], self.scales.offset[which])
+        return QuantizedTensor(self.grid, self.codes[which], scales, self.group_index)
+
 
 def joined(scales: Sequence[Scales]) -> Scales:
     """Scales to try, each [M, 1], as one [M, C]."""

@@ -7,6 +7,7 @@ embedding alone has no Hessian: its scales are searched with all columns alike.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -103,14 +104,19 @@ def _solve_head(
         [[solution]] = solve_input([weight[None]], shared, [grid])
         return solution
 
-    solutions = list(each_on_its_rank(solved, checkpoint.source.pieces(info.name)))
-    whole = replace(
-        solutions[0],
-        tensor=_joined([solution.tensor for solution in solutions]),
-        cost=torch.cat([solution.cost for solution in solutions]),
-        rtn_cost=torch.cat([solution.rtn_cost for solution in solutions]),
-        size=torch.cat([solution.size for solution in solutions]),
-    )
+    firsts: list[Solution] = []
+    errors: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def tensors() -> Iterator[QuantizedTensor]:
+        for solution in each_on_its_rank(solved, checkpoint.source.pieces(info.name)):
+            if not firsts:
+                firsts.append(solution)
+            errors.append((solution.cost, solution.rtn_cost, solution.size))
+            yield solution.tensor
+
+    joined = _joined(tensors(), info.shape[0])
+    cost, rtn_cost, size = map(torch.cat, zip(*errors, strict=True))
+    whole = replace(firsts[0], tensor=joined, cost=cost, rtn_cost=rtn_cost, size=size)
     result.tensors[info.name] = whole.tensor
     result.reports.append(LinearReport.of(info.name, whole, moments.n_tokens))
 
@@ -121,14 +127,21 @@ def _search_rows(checkpoint: Checkpoint, info: TensorInfo, grid: AffineGrid, res
         return grid.searched_rounding(weight, np.ones(info.shape[1], dtype=np.float32))
 
     parts = each_on_its_rank(searched, checkpoint.source.pieces(info.name))
-    result.tensors[info.name] = _joined(list(parts))
+    result.tensors[info.name] = _joined(parts, info.shape[0])
 
 
-def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
-    """The same for all rows, in NumPy."""
-
-    def join(arrays: list[Tensor | np.ndarray]) -> np.ndarray:
-        return np.concatenate([x if isinstance(x, np.ndarray) else x.cpu().numpy() for x in arrays])
-
-    scales = Scales(join([p.scales.scale for p in parts]), join([p.scales.offset for p in parts]))
-    return QuantizedTensor(parts[0].grid, join([p.codes for p in parts]), scales)
+def _joined(parts: Iterable[QuantizedTensor], n_rows: int) -> QuantizedTensor:
+    """The same for all rows, in NumPy; memory holds one of `parts` beside it."""
+    grid, whole, start = None, [], 0
+    for part in parts:
+        values = (part.codes, part.scales.scale, part.scales.offset)
+        arrays = [x if isinstance(x, np.ndarray) else x.cpu().numpy() for x in values]
+        if grid is None:
+            grid, whole = part.grid, [np.empty((n_rows, x.shape[1]), x.dtype) for x in arrays]
+        stop = start + len(arrays[0])
+        for rows, array in zip(whole, arrays, strict=True):
+            rows[start:stop] = array
+        start = stop
+    assert grid is not None and start == n_rows
+    codes, scale, offset = whole
+    return QuantizedTensor(grid, codes, Scales(scale, offset))

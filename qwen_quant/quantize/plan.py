@@ -162,7 +162,8 @@ def _outer_stage(spec: ModelSpec, tensors: list[StoredTensor], tokens: int, exac
         piece = min(PIECE // 2 // spec.hidden_size, spec.vocab_size)
         aiming = FLOAT * spec.hidden_size * (piece + spec.hidden_size) if exact else 0
         need = held + max((solve_bytes(1, piece, spec.hidden_size) + aiming for _ in solved), default=0)
-        stages.append(Stage("solving embedding and head", need + max(map(packing_bytes, solved), default=0)))
+        packing = max((packing_bytes(tensor) * piece / tensor.info.shape[0] for tensor in solved), default=0)
+        stages.append(Stage("solving embedding and head", need + packing))
     return max(stages, key=lambda stage: stage.nbytes)
 
 

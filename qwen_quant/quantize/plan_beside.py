@@ -24,9 +24,11 @@ from qwen_quant.spec import ModelSpec
 # Floats for each output of a token's projections that the backward pass of a layer keeps or makes.
 KEPT_ATTENTION, KEPT_MLP, KEPT_HIDDEN = 5, 6, 8
 HEAD = 1.5  # floats for each weight of the head while it is read
-# Copies of the stored weights that a runtime holds at most: onnxruntime as stored, in FP32 or as they lie, and packed;
-# our engine packed, and what it packs; the reference model none, it reads a GPTQ checkpoint layer by layer.
+# Copies of the stored weights that a runtime holds at most: onnxruntime as stored, in FP32 or as they lie, and packed,
+# or 4-bit ones packed, and a few as stored; our engine packed, and what it packs; the reference model none, it reads a
+# GPTQ checkpoint layer by layer.
 ONNXRUNTIME, ENGINE, STREAMED = 3.0, 1.2, 0.0
+PACKED_INT4 = 1.5
 LOGITS = 6  # of a window: of both, and their distributions
 
 
@@ -84,9 +86,14 @@ def _losses(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) -> Ite
     yield Stage("embedding and head", 2 * hidden + _piece(tensors) + FLOAT * 6 * spec.hidden_size**2)
 
 
-def checking(spec: ModelSpec, tensors: list[StoredTensor], tokens: int, copies: float) -> Stage:
+def held_by_onnxruntime(tensors: list[StoredTensor]) -> float:
+    """Bytes that onnxruntime holds of a graph with these weights."""
+    return sum((PACKED_INT4 if t.kind.startswith("int4") else ONNXRUNTIME) * t.nbytes for t in tensors)
+
+
+def checking(spec: ModelSpec, tensors: list[StoredTensor], tokens: int, held: float) -> Stage:
     """The check of what was written on windows of `tokens`: the reference model runs layer by layer, of experts a few
-    at a time, then window by window its head, beside the runtime with so many `copies` of the stored weights."""
+    at a time, then window by window its head, beside the runtime, which has `held` bytes of weights."""
     resident = [
         tensor for tensor in tensors if tensor.info.layer >= 0 and ".experts." not in tensor.info.name
     ]
@@ -95,8 +102,7 @@ def checking(spec: ModelSpec, tensors: list[StoredTensor], tokens: int, copies: 
     if spec.moe is not None:
         together = len(next(groups_of_experts(spec.moe, spec.hidden_size)))
         reference += FLOAT * together * 3 * spec.moe.moe_intermediate_size * spec.hidden_size
-    running = copies * sum(tensor.nbytes for tensor in tensors)
-    running += LOGITS * FLOAT * tokens * spec.vocab_size + _piece(tensors)
+    running = held + LOGITS * FLOAT * tokens * spec.vocab_size + _piece(tensors)
     return Stage(
         "checking what was written",
         max(reference, running),

@@ -24,7 +24,7 @@ def test_from_full_precision(cli: Callable, make_model: Callable, tmp_path: Path
     assert found["types"]["model.layers.0.mlp.up_proj.weight"] == "int4-g32-asym"
     assert found["types"]["model.embed_tokens.weight"] == "int4-g32"
     assert 0 < found["check"]["kld_mean"] < 1
-    assert len(found["layers"]) == 14 and all(
+    assert len(found["layers"]) == 15 and all(
         layer["error"] <= layer["rtn_error"] for layer in found["layers"]
     )
     assert "recipe" in found and found["recipe"]["num_samples"] == 4

@@ -177,7 +177,8 @@ def test_calibrated_integers(make_model: Make, tmp_path: Path, tied: bool) -> No
     weights = {name: tensor.decode() for layer in layers for name, tensor in layer.tensors.items()}
     outer = ["model.embed_tokens.weight"] if tied else ["model.embed_tokens.weight", "lm_head.weight"]
     assert list(layers[-1].tensors) == outer
-    export_onnx(checkpoint, tmp_path / "out", form, layers=layers, record={"bits": 4})
+    written = export_onnx(checkpoint, tmp_path / "out", form, layers=layers, record={"bits": 4})
+    assert [layer.layer for layer in written.layers] == [0, 1, -1]
     found = decoded_products(tmp_path / "out")
     assert sum(len(names.split("+")) for names in found) == 15 and len(weights) == 14 + len(outer)
     for names, values in found.items():
