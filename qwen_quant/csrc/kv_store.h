@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "kv_block.h"
 
@@ -73,20 +74,21 @@ inline uint8_t round_int4(const float* x, float largest, int8_t* codes) {
 // The codes of x [dim], and its scales where the page has them. False when x is not finite.
 template <KvType T>
 inline bool round_token(const float* x, int64_t dim, int8_t* codes, uint8_t* page, int64_t slot) {
-    uint8_t* scales = page + kv_code_bytes(T, dim) + slot;
+    uint8_t* scales = page + kv_scales_at(T, dim, slot);
     for (int64_t g = 0; g < dim / kKvGroup; ++g) {
         const float* group = x + g * kKvGroup;
         const uint32_t bits = largest_bits(group, kKvGroup);
         if (bits >= 0x7f800000u) return false;
         const float largest = bits_to_float(bits);
         int8_t* out = codes + g * kKvGroup;
-        scales[g * kKvPage] = T == KvType::kInt8 ? round_int8(group, largest, out) : round_int4(group, largest, out);
+        scales[g * kKvBlock] = T == KvType::kInt8 ? round_int8(group, largest, out) : round_int4(group, largest, out);
     }
     return true;
 }
 
 // Where in its four bytes the nibble of the i-th of eight codes begins.
-inline int nibble_shift(int64_t i) { return static_cast<int>(16 * (i & 1) + 4 * (i >> 1)); }
+inline int key_nibble(int64_t i) { return static_cast<int>(8 * (i & 3) + (i & 4)); }
+inline int value_nibble(int64_t i) { return static_cast<int>(16 * (i & 1) + 4 * (i >> 1)); }
 
 template <KvType T>
 bool store_key(const float* x, int64_t dim, uint8_t* page, int64_t slot) {
@@ -100,7 +102,7 @@ bool store_key(const float* x, int64_t dim, uint8_t* page, int64_t slot) {
     }
     for (int64_t c = 0; c < dim; c += 8) {
         uint32_t word = 0;
-        for (int64_t i = 0; i < 8; ++i) word |= static_cast<uint32_t>(codes[c + i]) << nibble_shift(i);
+        for (int64_t i = 0; i < 8; ++i) word |= static_cast<uint32_t>(codes[c + i]) << key_nibble(i);
         std::memcpy(tile + (c / 8 * 16 + key) * 4, &word, 4);
     }
     return true;
@@ -117,7 +119,7 @@ bool store_value(const float* x, int64_t dim, uint8_t* page, int64_t slot) {
         for (int64_t d = 0; d < dim; ++d) tile[2 * d + token] = static_cast<uint8_t>(codes[d]);
         return true;
     }
-    const int shift = nibble_shift(token);
+    const int shift = value_nibble(token);
     for (int64_t d = 0; d < dim; ++d) {
         uint32_t word;
         std::memcpy(&word, tile + 4 * d, 4);
@@ -143,22 +145,26 @@ void hadamard(float* x, int64_t n) {
     for (int64_t i = 0; i < n; ++i) x[i] *= scale;
 }
 
-// Rows of queries [n_q, dim] as int16 codes.
-void quantize_queries(const float* q, int64_t n_q, int64_t dim, float middle, const KvQueries& out) {
-    for (int64_t row = 0; row < n_q; ++row) {
-        const float* x = q + row * dim;
-        const float largest = bits_to_float(largest_bits(x, dim));
-        const float inverse = largest > 1e-30f ? 32767.0f / largest : 0.0f;
-        out.scales[row] = largest / 32767.0f;  // NaN stays NaN
-        for (int64_t g = 0; g < dim / kKvGroup; ++g) {
-            int32_t sum = 0;
-            for (int64_t i = g * kKvGroup; i < (g + 1) * kKvGroup; ++i) {
-                const int32_t code = static_cast<int32_t>((x[i] * inverse + kRoundFloat) - kRoundFloat);
-                out.codes[row * dim + i] = static_cast<int16_t>(code);
-                sum += code;
-            }
-            out.offsets[row * (dim / kKvGroup) + g] = middle * static_cast<float>(sum);
+// What queries are multiplied with keys as
+template <KvType T>
+using QueryCode = typename std::conditional<T == KvType::kInt8, int16_t, int8_t>::type;
+
+// Rows of queries [n_q, dim] as codes.
+template <KvType T>
+void quantize_queries(const float* q, int64_t n_q, int64_t dim, const KvQueries& out) {
+    constexpr float kLargest = T == KvType::kInt8 ? 32767.0f : 127.0f;
+    QueryCode<T>* codes = reinterpret_cast<QueryCode<T>*>(out.codes);
+    for (int64_t g = 0; g < n_q * dim / kKvGroup; ++g, q += kKvGroup, codes += kKvGroup) {
+        const float largest = bits_to_float(largest_bits(q, kKvGroup));
+        const float inverse = largest > 1e-30f ? kLargest / largest : 0.0f;
+        int32_t sum = 0;
+        for (int64_t i = 0; i < kKvGroup; ++i) {
+            const int32_t code = static_cast<int32_t>((q[i] * inverse + kRoundFloat) - kRoundFloat);
+            codes[i] = static_cast<QueryCode<T>>(code);
+            sum += code;
         }
+        out.scales[g] = largest / kLargest;  // NaN stays NaN
+        out.offsets[g] = T == KvType::kInt4 ? kInt4Middle * static_cast<float>(sum) : 0.0f;
     }
 }
 
