@@ -1,4 +1,6 @@
-// Writing to a quantized cache: plain loops that every instruction set compiles for itself.
+// Writing to a quantized cache: plain loops that every instruction set compiles for itself. What a compiler does not turn
+// into vectors comes from a header that is included before this one, for any CPU kv_round.h: nearest_codes, int4_error and
+// hadamard.
 #pragma once
 
 #include <cmath>
@@ -11,8 +13,7 @@ namespace qq {
 
 namespace {
 
-constexpr float kRoundFloat = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest even integer
-constexpr int kStepsDown = 4;               // scales at and below the covering one that int4 tries
+constexpr int kStepsDown = 4;  // scales at and below the covering one that int4 tries
 
 // The largest magnitude among n values as bits of a float: NaN is larger than every number and is not lost.
 inline uint32_t largest_bits(const float* x, int64_t n) {
@@ -24,34 +25,11 @@ inline uint32_t largest_bits(const float* x, int64_t n) {
     return largest;
 }
 
-inline float clamped(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
-
 // Codes of a group of 32 in -127 … 127; returns the scale's byte.
 inline uint8_t round_int8(const float* x, float largest, int8_t* codes) {
     const uint8_t byte = covering_scale(largest / 127.0f);
-    const float inverse = 1.0f / kv_scale(byte);
-    for (int64_t i = 0; i < kKvGroup; ++i) {
-        codes[i] = static_cast<int8_t>((clamped(x[i] * inverse, -127.0f, 127.0f) + kRoundFloat) - kRoundFloat);
-    }
+    nearest_codes(x, 1.0f / kv_scale(byte), 0.0f, -127.0f, 127.0f, codes);
     return byte;
-}
-
-inline float nearest_int4(float x, float inverse) {
-    return (clamped(x * inverse + kInt4Middle, 0.0f, 15.0f) + kRoundFloat) - kRoundFloat;
-}
-
-inline float int4_error(const float* x, float scale) {
-    const float inverse = 1.0f / scale;
-    float sums[8] = {};
-    for (int64_t i = 0; i < kKvGroup; i += 8) {
-        for (int64_t j = 0; j < 8; ++j) {
-            const float gap = x[i + j] - (nearest_int4(x[i + j], inverse) - kInt4Middle) * scale;
-            sums[j] += gap * gap;
-        }
-    }
-    float error = 0;
-    for (const float sum : sums) error += sum;
-    return error;
 }
 
 // Codes of a group of 32 in 0 … 15 by the scale of least error; returns its byte.
@@ -66,8 +44,7 @@ inline uint8_t round_int4(const float* x, float largest, int8_t* codes) {
             best = covering - step;
         }
     }
-    const float inverse = 1.0f / kv_scale(static_cast<uint8_t>(best));
-    for (int64_t i = 0; i < kKvGroup; ++i) codes[i] = static_cast<int8_t>(nearest_int4(x[i], inverse));
+    nearest_codes(x, 1.0f / kv_scale(static_cast<uint8_t>(best)), kInt4Middle, 0.0f, 15.0f, codes);
     return static_cast<uint8_t>(best);
 }
 
@@ -101,8 +78,10 @@ bool store_key(const float* x, int64_t dim, uint8_t* page, int64_t slot) {
         return true;
     }
     for (int64_t c = 0; c < dim; c += 8) {
-        uint32_t word = 0;
-        for (int64_t i = 0; i < 8; ++i) word |= static_cast<uint32_t>(codes[c + i]) << key_nibble(i);
+        uint32_t lower, upper;
+        std::memcpy(&lower, codes + c, 4);
+        std::memcpy(&upper, codes + c + 4, 4);
+        const uint32_t word = lower | upper << 4;
         std::memcpy(tile + (c / 8 * 16 + key) * 4, &word, 4);
     }
     return true;
@@ -127,22 +106,6 @@ bool store_value(const float* x, int64_t dim, uint8_t* page, int64_t slot) {
         std::memcpy(tile + 4 * d, &word, 4);
     }
     return true;
-}
-
-// The orthonormal Hadamard transform of x [n], n a power of two times an odd number: block by block.
-void hadamard(float* x, int64_t n) {
-    const int64_t size = n & -n;
-    for (int64_t half = 1; half < size; half *= 2) {
-        for (int64_t begin = 0; begin < n; begin += 2 * half) {
-            for (int64_t i = begin; i < begin + half; ++i) {
-                const float a = x[i], b = x[i + half];
-                x[i] = a + b;
-                x[i + half] = a - b;
-            }
-        }
-    }
-    const float scale = 1.0f / sqrtf(static_cast<float>(size));
-    for (int64_t i = 0; i < n; ++i) x[i] *= scale;
 }
 
 // What queries are multiplied with keys as

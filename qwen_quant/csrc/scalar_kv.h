@@ -1,6 +1,8 @@
 // The reference kernels of the quantized cache: one code at a time.
 #pragma once
 
+#include "kv_round.h"
+// After kv_round.h:
 #include "kv_store.h"
 
 namespace qq {

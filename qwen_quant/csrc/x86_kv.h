@@ -2,8 +2,10 @@
 // bits and multiplied with numbers of 16 bits, two products to a lane; only int4 keys stay bytes, as their queries are.
 #pragma once
 
-#include "kv_store.h"
+#include "x86_kv_round.h"
 #include "x86_lanes.h"
+// After x86_kv_round.h:
+#include "kv_store.h"
 
 namespace qq {
 
