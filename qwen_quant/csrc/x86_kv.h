@@ -281,16 +281,18 @@ QQ_ALONE void kv_values_of(const float* p, int64_t ld, const float* rescale, con
     constexpr int V = Q * (kKvGroup / kLanes) <= 8 ? kKvGroup / kLanes : kVectors;  // 8 sums stay in registers
     const int64_t n = (values.n + 7) / 8 * 8, n_groups = values.dim / kKvGroup;
     ask_scales_ahead<T>(values);
+    // Half of the codes are asked for now, half with the products: memory that has nothing to do is lost time.
+    const int64_t half = n / tile_depth(T) * values.dim * lane_bytes(T) / 2;
     alignas(64) float scales[kKvBlock];
     ScaledCodes scaled[kLargestHead / kKvGroup][Q];  // all before the products, which would wait for each of them
     for (int64_t g = 0; g < n_groups; ++g) {
 #pragma GCC unroll 8
         for (int64_t j = 0; j < kKvBlock; j += kLanes) store_lanes(scales + j, lane_scales(values.scales + g * kKvBlock + j));
         for (int i = 0; i < Q; ++i) scaled[g][i].template set<T>(p + i * ld, scales);
+        ask_ahead(values, g * half / n_groups, (g + 1) * half / n_groups);
     }
-    const int64_t bytes = n / tile_depth(T) * V * kLanes * lane_bytes(T);
     for (int64_t d = 0; d < values.dim; d += V * kLanes) {
-        ask_ahead(values, d / (V * kLanes) * bytes, (d / (V * kLanes) + 1) * bytes);
+        ask_ahead(values, half + d * half / values.dim, half + (d + V * kLanes) * half / values.dim);
         add_value_columns<T, Q, V>(scaled[d / kKvGroup], rescale, values, d, acc);
     }
 }
