@@ -18,7 +18,7 @@ struct Engine::AttentionRows {
     KvQueries codes;
 
     static size_t bytes(int64_t rows, int64_t dim) {
-        return static_cast<size_t>(rows * (4 * dim + kKvBlock + 4 + dim / kKvGroup) + dim) * sizeof(float) +
+        return static_cast<size_t>(rows * (4 * dim + kKvBlock + 3 + 2 * (dim / kKvGroup)) + dim) * sizeof(float) +
                static_cast<size_t>(rows * dim) * sizeof(int16_t);
     }
 
@@ -38,9 +38,9 @@ struct Engine::AttentionRows {
         top = take(rows);
         sum = take(rows);
         rescale = take(rows);
-        codes.scales = take(rows);
+        codes.scales = take(rows * (dim / kKvGroup));
         codes.offsets = take(rows * (dim / kKvGroup));
-        codes.codes = reinterpret_cast<int16_t*>(scratch);
+        codes.codes = reinterpret_cast<uint8_t*>(scratch);
     }
 };
 
@@ -147,11 +147,12 @@ void Engine::attend_group(int id, const Part& s, int64_t layer, int64_t kv_head,
         const bool half = begin >= half_from;
         n = std::min(kKvBlock, (half ? end : half_from) - begin);
         score_block(layer, kv_head, begin, n, half, n_rows, rows);
+        const int64_t filled = half || !kv_.layout(layer).value.quantized() ? n : kKvBlock;
         for (int64_t row = 0; row < n_rows; ++row) {
             const int64_t visible = s.first + t0 + row / per_kv + 1;
             const int64_t valid = std::clamp<int64_t>(visible - begin, 0, n);
             rows.rescale[row] =
-                kernels_->softmax_block(rows.scores + row * kKvBlock, valid, n, rows.top + row, rows.sum + row);
+                kernels_->softmax_block(rows.scores + row * kKvBlock, valid, filled, rows.top + row, rows.sum + row);
         }
         add_values(layer, kv_head, begin, n, half, n_rows, rows);
     }
@@ -174,8 +175,7 @@ void Engine::prepare_queries(int64_t layer, int64_t kv_head, int64_t n_rows, con
         if (!keys.balance.empty()) multiply_by(x, keys.inverse_balance.data() + kv_head * dim, dim);
         if (keys.hadamard) kernels_->hadamard(x, dim);
     }
-    const float middle = keys.type == KvType::kInt4 ? kInt4Middle : 0.0f;
-    kernels_->quantize_queries(rows.turned, n_rows, dim, middle, rows.codes);
+    kernels_->kv[static_cast<int>(keys.type)].quantize_queries(rows.turned, n_rows, dim, rows.codes);
 }
 
 void Engine::score_block(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, bool half_floats, int64_t n_rows,

@@ -111,7 +111,6 @@ struct Kernels {
 
     // The same over a quantized cache; see kv_block.h.
     KvKernels kv[3];  // by KvType; none of kF16
-    void (*quantize_queries)(const float* q, int64_t n_q, int64_t dim, float middle, const KvQueries& out);
     void (*hadamard)(float* x, int64_t n);
     void (*add_turned)(const TurnedArgs& turned, int64_t n_q, float* scores, int64_t ld_scores);
 };

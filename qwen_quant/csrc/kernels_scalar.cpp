@@ -195,7 +195,7 @@ void attend_values(const float* probabilities, int64_t ld_p, const float* rescal
 
 template <KvType T>
 KvKernels kv_kernels() {
-    return {store_key<T>, store_value<T>, kv_scores<T>, kv_values<T>};
+    return {store_key<T>, store_value<T>, quantize_queries<T>, kv_scores<T>, kv_values<T>};
 }
 
 Kernels make_table() {
@@ -228,7 +228,6 @@ Kernels make_table() {
     k.attend_values = attend_values;
     k.kv[static_cast<int>(KvType::kInt8)] = kv_kernels<KvType::kInt8>();
     k.kv[static_cast<int>(KvType::kInt4)] = kv_kernels<KvType::kInt4>();
-    k.quantize_queries = quantize_queries;
     k.hadamard = hadamard;
     k.add_turned = add_turned;
     return k;

@@ -22,7 +22,7 @@ TypeKernels blocks() {
 
 template <KvType T>
 KvKernels kv_kernels() {
-    return {store_key<T>, store_value<T>, kv_scores<T>, kv_values<T>};
+    return {store_key<T>, store_value<T>, quantize_queries<T>, kv_scores<T>, kv_values<T>};
 }
 
 Kernels make_table() {
@@ -47,7 +47,6 @@ Kernels make_table() {
     k.attend_values = attend_values;
     k.kv[static_cast<int>(KvType::kInt8)] = kv_kernels<KvType::kInt8>();
     k.kv[static_cast<int>(KvType::kInt4)] = kv_kernels<KvType::kInt4>();
-    k.quantize_queries = quantize_queries;
     k.hadamard = hadamard;
     k.add_turned = add_turned;
     return k;

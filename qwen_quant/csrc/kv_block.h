@@ -1,12 +1,13 @@
 // Where quantized keys and values lie within a page of the cache: in the order in which vectors of 16-bit products want
 // them. Shared by all instruction sets, so nothing here may be merged by a linker.
 //
-// int8 keys    [page / 16][dim / 2][16 keys][2 channels]       int8 values  [page / 2][dim][2 tokens]
-// int4 keys    [page / 16][dim / 8][16 keys][8 channels]       int4 values  [page / 8][dim][8 tokens]
+// int8 keys    [block / 16][dim / 2][16 keys][2 channels]       int8 values  [block / 2][dim][2 tokens]
+// int4 keys    [block / 16][dim / 8][16 keys][8 channels]       int4 values  [block / 8][dim][8 tokens]
 //
-// The 8 codes in the 4 bytes of int4 are nibbles 0 to 3 of a first 16-bit word for the even ones of the eight, of a second
-// for the odd ones, so that each shift leaves pairs of neighbours. Then follow a scale for each 32 channels of a token:
-// bytes [dim / 32][page], floats of 5 exponent and 3 mantissa bits.
+// for each block of the page, followed by the block's scales, one for 32 channels of a token: bytes [dim / 32][block],
+// floats of 5 exponent and 3 mantissa bits. The 8 codes in the 4 bytes of int4 are, of keys, the lower nibbles of the bytes
+// and then the upper ones; of values nibbles 0 to 3 of a first 16-bit word for the even ones of the eight, of a second for
+// the odd ones, so that each shift leaves pairs of neighbours.
 #pragma once
 
 #include <cstddef>
@@ -40,34 +41,42 @@ static inline uint8_t covering_scale(float x) {
     return static_cast<uint8_t>(byte < 0 ? 0 : byte > 255 ? 255 : byte);
 }
 
-// Bytes of one head's keys or values in a page: codes, then scales.
+// Bytes of the codes of one head's keys or values in a block, and with their scales.
 static inline size_t kv_code_bytes(KvType type, int64_t dim) {
-    const size_t values = static_cast<size_t>(kKvPage * dim);
+    const size_t values = static_cast<size_t>(kKvBlock * dim);
     return type == KvType::kF16 ? 2 * values : type == KvType::kInt8 ? values : values / 2;
 }
-static inline size_t kv_head_bytes(KvType type, int64_t dim) {
-    const size_t scales = type == KvType::kF16 ? 0 : static_cast<size_t>(kKvPage * dim / kKvGroup);
+static inline size_t kv_block_bytes(KvType type, int64_t dim) {
+    const size_t scales = type == KvType::kF16 ? 0 : static_cast<size_t>(kKvBlock * dim / kKvGroup);
     return kv_code_bytes(type, dim) + scales;
 }
+// In a page
+static inline size_t kv_head_bytes(KvType type, int64_t dim) { return kKvPage / kKvBlock * kv_block_bytes(type, dim); }
 
-// Within a head's part of a page: the codes of the tokens from `slot` on (a multiple of kKvBlock).
+// Within a head's part of a page: the codes of the tokens from `slot` on, a multiple of what lies side by side, and their
+// first group's scales.
 static inline size_t kv_codes_at(KvType type, int64_t dim, int64_t slot) {
-    return kv_code_bytes(type, dim) / kKvPage * static_cast<size_t>(slot);
+    return static_cast<size_t>(slot / kKvBlock) * kv_block_bytes(type, dim) +
+           kv_code_bytes(type, dim) / kKvBlock * static_cast<size_t>(slot % kKvBlock);
+}
+static inline size_t kv_scales_at(KvType type, int64_t dim, int64_t slot) {
+    return static_cast<size_t>(slot / kKvBlock) * kv_block_bytes(type, dim) + kv_code_bytes(type, dim) +
+           static_cast<size_t>(slot % kKvBlock);
 }
 
-// Queries as quantized keys are multiplied with: int16 codes and a scale for each row.
+// Queries as quantized keys are multiplied with: codes, finer than those of the keys, with a scale for 32 channels.
 struct KvQueries {
-    int16_t* codes;  // [n_q, dim]
-    float* scales;   // [n_q]
+    uint8_t* codes;  // [n_q, dim]: int16 for int8 keys, int8 for int4 keys
+    float* scales;   // [n_q, dim / 32]
     float* offsets;  // [n_q, dim / 32]: what the middle of int4 adds to the sums of codes
 };
 
-// Up to kKvBlock tokens of a page.
+// Tokens of a block, from its first on.
 struct KvTokens {
     const uint8_t* codes;
-    const uint8_t* scales;  // of the first group; the next group's follow kKvPage bytes later
+    const uint8_t* scales;  // of the first group; the next group's follow kKvBlock bytes later
     int64_t n, dim;
-    const uint8_t* ahead;  // codes that are wanted next, as many of which are asked for early; or nullptr
+    const uint8_t* ahead;  // a block that is wanted next, as many bytes of which are asked for early; or nullptr
 };
 
 // The part of scores that comes from the keys' centre, for the kKvBlock positions of a block: of each pair of channels that
@@ -86,10 +95,11 @@ struct KvKernels {
     // False when x [dim] is not finite.
     bool (*store_key)(const float* x, int64_t dim, uint8_t* page, int64_t slot);
     bool (*store_value)(const float* x, int64_t dim, uint8_t* page, int64_t slot);
+    void (*quantize_queries)(const float* q, int64_t n_q, int64_t dim, const KvQueries& out);
     // scores [n_q, ld]: of a multiple of 16 keys that covers all n
     void (*scores)(const KvQueries& q, int64_t n_q, const KvTokens& keys, float* scores, int64_t ld);
-    // acc [n_q, dim] = acc * rescale[q] + probabilities [n_q, ld] @ values; the probabilities go on with zeros up to a
-    // multiple of 8.
+    // acc [n_q, dim] = acc * rescale[q] + probabilities [n_q, ld] @ values; the probabilities go on with zeros up to
+    // kKvBlock.
     void (*values)(const float* probabilities, int64_t ld, const float* rescale, int64_t n_q, const KvTokens& values,
                    float* acc);
 };

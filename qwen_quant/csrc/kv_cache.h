@@ -120,14 +120,14 @@ public:
         return value_page(layer, head, position) + kv_codes_at(layout(layer).value.type, head_dim_, position % kPage);
     }
 
-    // Quantized, the n positions from a multiple of kKvBlock on, all in one page.
+    // Quantized, the n positions from a multiple of kKvBlock on, all in one block.
     KvTokens keys(int64_t layer, int64_t head, int64_t position, int64_t n) const {
-        const uint8_t* scales = key_page(layer, head, position) + kv_code_bytes(layout(layer).key.type, head_dim_);
-        return {key_codes(layer, head, position), scales + position % kPage, n, head_dim_, nullptr};
+        const size_t scales = kv_scales_at(layout(layer).key.type, head_dim_, position % kPage);
+        return {key_codes(layer, head, position), key_page(layer, head, position) + scales, n, head_dim_, nullptr};
     }
     KvTokens values(int64_t layer, int64_t head, int64_t position, int64_t n) const {
-        const uint8_t* scales = value_page(layer, head, position) + kv_code_bytes(layout(layer).value.type, head_dim_);
-        return {value_codes(layer, head, position), scales + position % kPage, n, head_dim_, nullptr};
+        const size_t scales = kv_scales_at(layout(layer).value.type, head_dim_, position % kPage);
+        return {value_codes(layer, head, position), value_page(layer, head, position) + scales, n, head_dim_, nullptr};
     }
 
     // The first n positions of one layer as one piece: all heads' keys, then their values; of a quantized page always all,

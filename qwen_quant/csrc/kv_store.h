@@ -1,8 +1,11 @@
-// Writing to a quantized cache: plain loops that every instruction set compiles for itself.
+// Writing to a quantized cache: plain loops that every instruction set compiles for itself. What a compiler does not turn
+// into vectors comes from a header that is included before this one, for any CPU kv_round.h: nearest_codes, int4_error and
+// hadamard.
 #pragma once
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "kv_block.h"
 
@@ -10,8 +13,7 @@ namespace qq {
 
 namespace {
 
-constexpr float kRoundFloat = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest even integer
-constexpr int kStepsDown = 4;               // scales at and below the covering one that int4 tries
+constexpr int kStepsDown = 4;  // scales at and below the covering one that int4 tries
 
 // The largest magnitude among n values as bits of a float: NaN is larger than every number and is not lost.
 inline uint32_t largest_bits(const float* x, int64_t n) {
@@ -23,34 +25,11 @@ inline uint32_t largest_bits(const float* x, int64_t n) {
     return largest;
 }
 
-inline float clamped(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
-
 // Codes of a group of 32 in -127 … 127; returns the scale's byte.
 inline uint8_t round_int8(const float* x, float largest, int8_t* codes) {
     const uint8_t byte = covering_scale(largest / 127.0f);
-    const float inverse = 1.0f / kv_scale(byte);
-    for (int64_t i = 0; i < kKvGroup; ++i) {
-        codes[i] = static_cast<int8_t>((clamped(x[i] * inverse, -127.0f, 127.0f) + kRoundFloat) - kRoundFloat);
-    }
+    nearest_codes(x, 1.0f / kv_scale(byte), 0.0f, -127.0f, 127.0f, codes);
     return byte;
-}
-
-inline float nearest_int4(float x, float inverse) {
-    return (clamped(x * inverse + kInt4Middle, 0.0f, 15.0f) + kRoundFloat) - kRoundFloat;
-}
-
-inline float int4_error(const float* x, float scale) {
-    const float inverse = 1.0f / scale;
-    float sums[8] = {};
-    for (int64_t i = 0; i < kKvGroup; i += 8) {
-        for (int64_t j = 0; j < 8; ++j) {
-            const float gap = x[i + j] - (nearest_int4(x[i + j], inverse) - kInt4Middle) * scale;
-            sums[j] += gap * gap;
-        }
-    }
-    float error = 0;
-    for (const float sum : sums) error += sum;
-    return error;
 }
 
 // Codes of a group of 32 in 0 … 15 by the scale of least error; returns its byte.
@@ -65,28 +44,28 @@ inline uint8_t round_int4(const float* x, float largest, int8_t* codes) {
             best = covering - step;
         }
     }
-    const float inverse = 1.0f / kv_scale(static_cast<uint8_t>(best));
-    for (int64_t i = 0; i < kKvGroup; ++i) codes[i] = static_cast<int8_t>(nearest_int4(x[i], inverse));
+    nearest_codes(x, 1.0f / kv_scale(static_cast<uint8_t>(best)), kInt4Middle, 0.0f, 15.0f, codes);
     return static_cast<uint8_t>(best);
 }
 
 // The codes of x [dim], and its scales where the page has them. False when x is not finite.
 template <KvType T>
 inline bool round_token(const float* x, int64_t dim, int8_t* codes, uint8_t* page, int64_t slot) {
-    uint8_t* scales = page + kv_code_bytes(T, dim) + slot;
+    uint8_t* scales = page + kv_scales_at(T, dim, slot);
     for (int64_t g = 0; g < dim / kKvGroup; ++g) {
         const float* group = x + g * kKvGroup;
         const uint32_t bits = largest_bits(group, kKvGroup);
         if (bits >= 0x7f800000u) return false;
         const float largest = bits_to_float(bits);
         int8_t* out = codes + g * kKvGroup;
-        scales[g * kKvPage] = T == KvType::kInt8 ? round_int8(group, largest, out) : round_int4(group, largest, out);
+        scales[g * kKvBlock] = T == KvType::kInt8 ? round_int8(group, largest, out) : round_int4(group, largest, out);
     }
     return true;
 }
 
 // Where in its four bytes the nibble of the i-th of eight codes begins.
-inline int nibble_shift(int64_t i) { return static_cast<int>(16 * (i & 1) + 4 * (i >> 1)); }
+inline int key_nibble(int64_t i) { return static_cast<int>(8 * (i & 3) + (i & 4)); }
+inline int value_nibble(int64_t i) { return static_cast<int>(16 * (i & 1) + 4 * (i >> 1)); }
 
 template <KvType T>
 bool store_key(const float* x, int64_t dim, uint8_t* page, int64_t slot) {
@@ -99,8 +78,10 @@ bool store_key(const float* x, int64_t dim, uint8_t* page, int64_t slot) {
         return true;
     }
     for (int64_t c = 0; c < dim; c += 8) {
-        uint32_t word = 0;
-        for (int64_t i = 0; i < 8; ++i) word |= static_cast<uint32_t>(codes[c + i]) << nibble_shift(i);
+        uint32_t lower, upper;
+        std::memcpy(&lower, codes + c, 4);
+        std::memcpy(&upper, codes + c + 4, 4);
+        const uint32_t word = lower | upper << 4;
         std::memcpy(tile + (c / 8 * 16 + key) * 4, &word, 4);
     }
     return true;
@@ -117,7 +98,7 @@ bool store_value(const float* x, int64_t dim, uint8_t* page, int64_t slot) {
         for (int64_t d = 0; d < dim; ++d) tile[2 * d + token] = static_cast<uint8_t>(codes[d]);
         return true;
     }
-    const int shift = nibble_shift(token);
+    const int shift = value_nibble(token);
     for (int64_t d = 0; d < dim; ++d) {
         uint32_t word;
         std::memcpy(&word, tile + 4 * d, 4);
@@ -127,38 +108,26 @@ bool store_value(const float* x, int64_t dim, uint8_t* page, int64_t slot) {
     return true;
 }
 
-// The orthonormal Hadamard transform of x [n], n a power of two times an odd number: block by block.
-void hadamard(float* x, int64_t n) {
-    const int64_t size = n & -n;
-    for (int64_t half = 1; half < size; half *= 2) {
-        for (int64_t begin = 0; begin < n; begin += 2 * half) {
-            for (int64_t i = begin; i < begin + half; ++i) {
-                const float a = x[i], b = x[i + half];
-                x[i] = a + b;
-                x[i + half] = a - b;
-            }
-        }
-    }
-    const float scale = 1.0f / sqrtf(static_cast<float>(size));
-    for (int64_t i = 0; i < n; ++i) x[i] *= scale;
-}
+// What queries are multiplied with keys as
+template <KvType T>
+using QueryCode = typename std::conditional<T == KvType::kInt8, int16_t, int8_t>::type;
 
-// Rows of queries [n_q, dim] as int16 codes.
-void quantize_queries(const float* q, int64_t n_q, int64_t dim, float middle, const KvQueries& out) {
-    for (int64_t row = 0; row < n_q; ++row) {
-        const float* x = q + row * dim;
-        const float largest = bits_to_float(largest_bits(x, dim));
-        const float inverse = largest > 1e-30f ? 32767.0f / largest : 0.0f;
-        out.scales[row] = largest / 32767.0f;  // NaN stays NaN
-        for (int64_t g = 0; g < dim / kKvGroup; ++g) {
-            int32_t sum = 0;
-            for (int64_t i = g * kKvGroup; i < (g + 1) * kKvGroup; ++i) {
-                const int32_t code = static_cast<int32_t>((x[i] * inverse + kRoundFloat) - kRoundFloat);
-                out.codes[row * dim + i] = static_cast<int16_t>(code);
-                sum += code;
-            }
-            out.offsets[row * (dim / kKvGroup) + g] = middle * static_cast<float>(sum);
+// Rows of queries [n_q, dim] as codes.
+template <KvType T>
+void quantize_queries(const float* q, int64_t n_q, int64_t dim, const KvQueries& out) {
+    constexpr float kLargest = T == KvType::kInt8 ? 32767.0f : 127.0f;
+    QueryCode<T>* codes = reinterpret_cast<QueryCode<T>*>(out.codes);
+    for (int64_t g = 0; g < n_q * dim / kKvGroup; ++g, q += kKvGroup, codes += kKvGroup) {
+        const float largest = bits_to_float(largest_bits(q, kKvGroup));
+        const float inverse = largest > 1e-30f ? kLargest / largest : 0.0f;
+        int32_t sum = 0;
+        for (int64_t i = 0; i < kKvGroup; ++i) {
+            const int32_t code = static_cast<int32_t>((q[i] * inverse + kRoundFloat) - kRoundFloat);
+            codes[i] = static_cast<QueryCode<T>>(code);
+            sum += code;
         }
+        out.scales[g] = largest / kLargest;  // NaN stays NaN
+        out.offsets[g] = T == KvType::kInt4 ? kInt4Middle * static_cast<float>(sum) : 0.0f;
     }
 }
 

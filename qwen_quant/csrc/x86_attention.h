@@ -157,34 +157,45 @@ float softmax_block(float* scores, int64_t valid, int64_t n, float* running_max,
     return rescale;
 }
 
+// Channels [d, d + V * kLanes) of Q rows: Q * V sums, so many that no addition waits for the one before it.
+template <int Q, int V>
+QQ_INLINE void add_value_columns(const float* p, int64_t ld_p, const float* rescale, const uint16_t* values,
+                                 int64_t n_keys, int64_t dim, float* acc) {
+    LaneFloats sums[Q * V];
+#pragma GCC unroll 8
+    for (int i = 0; i < Q; ++i) {
+        const LaneFloats factor = lanes_of(rescale[i]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) sums[i * V + v] = multiply(load_lanes(acc + i * dim + v * kLanes), factor);
+    }
+    for (int64_t j = 0; j < n_keys; ++j, values += dim) {
+        LaneFloats weights[Q];
+#pragma GCC unroll 8
+        for (int i = 0; i < Q; ++i) weights[i] = lanes_of(p[i * ld_p + j]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) {
+            const LaneFloats value = load_lane_halves(reinterpret_cast<const uint8_t*>(values + v * kLanes));
+#pragma GCC unroll 8
+            for (int i = 0; i < Q; ++i) sums[i * V + v] = multiply_add(weights[i], value, sums[i * V + v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Q; ++i) {
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) store_lanes(acc + i * dim + v * kLanes, sums[i * V + v]);
+    }
+}
+
 template <int Q>
 QQ_ALONE void values_tile(const float* p, int64_t ld_p, const float* rescale, const uint16_t* values, int64_t n_keys,
                           int64_t dim, float* acc, const uint8_t* ahead) {
+    constexpr int V = 8 / Q;
     int64_t d = 0;
-    for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
-        ask_ahead(ahead, d * n_keys, (d + 2 * kLanes) * n_keys);
-        LaneFloats low[Q], high[Q];
-#pragma GCC unroll 8
-        for (int i = 0; i < Q; ++i) {
-            const LaneFloats factor = lanes_of(rescale[i]);
-            low[i] = multiply(load_lanes(acc + i * dim + d), factor);
-            high[i] = multiply(load_lanes(acc + i * dim + d + kLanes), factor);
-        }
-        for (int64_t j = 0; j < n_keys; ++j) {
-            const uint8_t* value = reinterpret_cast<const uint8_t*>(values + j * dim + d);
-            const LaneFloats a = load_lane_halves(value), b = load_lane_halves(value + 2 * kLanes);
-#pragma GCC unroll 8
-            for (int i = 0; i < Q; ++i) {
-                const LaneFloats weight = lanes_of(p[i * ld_p + j]);
-                low[i] = multiply_add(weight, a, low[i]);
-                high[i] = multiply_add(weight, b, high[i]);
-            }
-        }
-        for (int i = 0; i < Q; ++i) {
-            store_lanes(acc + i * dim + d, low[i]);
-            store_lanes(acc + i * dim + d + kLanes, high[i]);
-        }
+    for (; d + V * kLanes <= dim; d += V * kLanes) {
+        ask_ahead(ahead, d * n_keys, (d + V * kLanes) * n_keys);
+        add_value_columns<Q, V>(p, ld_p, rescale, values + d, n_keys, dim, acc + d);
     }
+    for (; d + kLanes <= dim; d += kLanes) add_value_columns<Q, 1>(p, ld_p, rescale, values + d, n_keys, dim, acc + d);
     for (; d < dim; ++d) {
         for (int i = 0; i < Q; ++i) {
             float sum = acc[i * dim + d] * rescale[i];

@@ -1,9 +1,11 @@
-// x86: attention over one block of a quantized cache. Codes are widened to 16 bits and multiplied with queries or
-// probabilities of 16 bits, two products to a lane; a lane is a key, or a channel of the values.
+// x86: attention over one block of a quantized cache. A lane is a key, or a channel of the values. Codes are widened to 16
+// bits and multiplied with numbers of 16 bits, two products to a lane; only int4 keys stay bytes, as their queries are.
 #pragma once
 
-#include "kv_store.h"
+#include "x86_kv_round.h"
 #include "x86_lanes.h"
+// After x86_kv_round.h:
+#include "kv_store.h"
 
 namespace qq {
 
@@ -21,22 +23,32 @@ template <int Shift>
 inline LaneInts nibbles_at(LaneInts words) {
     return _mm512_and_si512(_mm512_srli_epi16(words, Shift), _mm512_set1_epi16(15));
 }
+// Sums of products of bytes, four to a lane, that are added up where the products are
+inline LaneInts add_byte_products(LaneInts sum, LaneInts codes, LaneInts x) {
+    return _mm512_dpbusd_epi32(sum, codes, x);
+}
+inline LaneInts whole_sums(LaneInts sum) { return sum; }
 inline LaneFloats lane_scales(const uint8_t* p) {
     const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(bytes, _mm512_set1_epi32(kScaleLowest)), kScaleShift));
 }
 inline LaneFloats subtract(LaneFloats a, LaneFloats b) { return _mm512_sub_ps(a, b); }
-inline LaneFloats load_first(const float* p, int64_t n) {
-    return n >= kLanes ? load_lanes(p) : _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
-}
 inline LaneInts rounded(LaneFloats x) { return _mm512_cvtps_epi32(x); }
 inline LaneInts add_ints(LaneInts a, LaneInts b) { return _mm512_add_epi32(a, b); }
 inline LaneInts larger_bits(LaneInts a, LaneFloats b) { return _mm512_max_epi32(a, _mm512_castps_si512(b)); }
-inline __m256i largest_of_halves(LaneInts x) {
-    return _mm256_max_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+// In all lanes
+inline LaneFloats largest_lane(LaneInts x) {
+    return _mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(x)));
 }
-inline void store_shorts(int16_t* p, LaneInts x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(x));
+inline float first_lane(LaneFloats x) { return _mm512_cvtss_f32(x); }
+// 32767 / x, zero where that is too large
+inline LaneFloats to_shorts(LaneFloats x) {
+    const __mmask16 usable = _mm512_cmp_ps_mask(x, lanes_of(1e-30f), _CMP_NLE_UQ);
+    return _mm512_maskz_div_ps(usable, lanes_of(32767.0f), x);
+}
+inline void store_shorts(int16_t* p, LaneInts a, LaneInts b) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(a));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + kLanes), _mm512_cvtsepi32_epi16(b));
 }
 #else
 inline LaneInts zero_sums() { return _mm256_setzero_si256(); }
@@ -50,82 +62,128 @@ template <int Shift>
 inline LaneInts nibbles_at(LaneInts words) {
     return _mm256_and_si256(_mm256_srli_epi16(words, Shift), _mm256_set1_epi16(15));
 }
+// The same in halves of 16 bits: 8 sums of two products of codes up to 15 with x up to 127 fit, which are 32 channels.
+inline LaneInts add_byte_products(LaneInts sum, LaneInts codes, LaneInts x) {
+    return add_shorts(sum, _mm256_maddubs_epi16(codes, x));
+}
+inline LaneInts whole_sums(LaneInts sum) { return add_pairs(sum, NoScale()); }
 inline LaneFloats lane_scales(const uint8_t* p) {
     const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(bytes, _mm256_set1_epi32(kScaleLowest)), kScaleShift));
 }
 inline LaneFloats subtract(LaneFloats a, LaneFloats b) { return _mm256_sub_ps(a, b); }
-inline LaneFloats load_first(const float* p, int64_t) { return load_lanes(p); }
 inline LaneInts rounded(LaneFloats x) { return _mm256_cvtps_epi32(x); }
 inline LaneInts add_ints(LaneInts a, LaneInts b) { return _mm256_add_epi32(a, b); }
 inline LaneInts larger_bits(LaneInts a, LaneFloats b) { return _mm256_max_epi32(a, _mm256_castps_si256(b)); }
-inline __m256i largest_of_halves(LaneInts x) { return x; }
-inline void store_shorts(int16_t* p, LaneInts x) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                     _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+inline LaneFloats largest_lane(LaneInts x) {
+    x = _mm256_max_epi32(x, _mm256_permute2x128_si256(x, x, 1));
+    x = _mm256_max_epi32(x, _mm256_shuffle_epi32(x, 0x4e));
+    return _mm256_castsi256_ps(_mm256_max_epi32(x, _mm256_shuffle_epi32(x, 0xb1)));
+}
+inline float first_lane(LaneFloats x) { return _mm256_cvtss_f32(x); }
+inline LaneFloats to_shorts(LaneFloats x) {
+    const __m256 usable = _mm256_cmp_ps(x, lanes_of(1e-30f), _CMP_NLE_UQ);
+    return _mm256_and_ps(usable, _mm256_div_ps(lanes_of(32767.0f), x));
+}
+inline void store_shorts(int16_t* p, LaneInts a, LaneInts b) {
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
 }
 #endif
 
-inline int32_t largest_lane(LaneInts x) {
-    const __m256i y = largest_of_halves(x);
-    __m128i m = _mm_max_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
-    m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
-    return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
-}
+constexpr int64_t tile_depth(KvType type) { return type == KvType::kInt8 ? 2 : 8; }
+constexpr int64_t lane_bytes(KvType type) { return type == KvType::kInt8 ? 2 : 4; }  // of a lane in a tile
 
-// Asks for the i-th of `parts` parts of the codes that are wanted next, if any are.
-template <KvType T>
-inline void ask_ahead(const KvTokens& tokens, int64_t i, int64_t parts) {
+// Asks for bytes [begin, end) of the block that is wanted next, if any is.
+inline void ask_ahead(const KvTokens& tokens, int64_t begin, int64_t end) {
     if (!tokens.ahead) return;
-    const int64_t bytes = static_cast<int64_t>(kv_codes_at(T, tokens.dim, tokens.n));
-    for (int64_t at = bytes * i / parts & ~int64_t{63}; at < bytes * (i + 1) / parts; at += 64) {
-        prefetch(tokens.ahead + at);
-    }
+    for (int64_t at = begin; at < end; at += 64) prefetch(tokens.ahead + at);
+}
+template <KvType T>
+inline void ask_scales_ahead(const KvTokens& tokens) {
+    const int64_t codes = static_cast<int64_t>(kv_code_bytes(T, tokens.dim));
+    ask_ahead(tokens, codes, codes + kKvBlock * tokens.dim / kKvGroup);
 }
 
 inline LaneInts two_codes(const int16_t* p) { return four_of_x(reinterpret_cast<const uint8_t*>(p)); }
 
-// sums [Q][kVectors] += products of a tile's codes with the pairs of 16-bit numbers at x[q]. A tile is 16 lanes wide and
-// 2 (int8) or 8 (int4) codes deep.
-template <int Q>
-inline void add_tile(KvType type, const uint8_t* tile, const int16_t* const (&x)[Q], int64_t at,
-                     LaneInts (&sums)[Q * kVectors]) {
-    LaneInts codes[kVectors];
-    const auto multiply_in = [&](int64_t offset) {
+// sums [Q][V] += products of a tile's codes with the pairs of 16-bit numbers at x[q]. A tile is V vectors wide and 2 (int8)
+// or 8 (int4) codes deep.
+template <KvType T, int Q, int V>
+QQ_INLINE void add_tile(const uint8_t* tile, const int16_t* const (&x)[Q], int64_t at, LaneInts (&sums)[Q * V]) {
+    LaneInts codes[V];
+    const auto multiply_in = [&](int64_t offset) QQ_LAMBDA_INLINE {
 #pragma GCC unroll 8  // here and below: or the sums would be kept in memory
         for (int q = 0; q < Q; ++q) {
             const LaneInts pair = two_codes(x[q] + at + offset);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) sums[q * V + v] = add_products(sums[q * V + v], codes[v], pair);
+        }
+    };
+    if constexpr (T == KvType::kInt8) {
+        for (int v = 0; v < V; ++v) codes[v] = widened(tile + v * 2 * kLanes);
+        multiply_in(0);
+    } else {
+        LaneInts words[V];
+        for (int v = 0; v < V; ++v) words[v] = load_codes(tile + v * 4 * kLanes);
+        for (int v = 0; v < V; ++v) codes[v] = nibbles_at<0>(words[v]);
+        multiply_in(0);
+        for (int v = 0; v < V; ++v) codes[v] = nibbles_at<4>(words[v]);
+        multiply_in(2);
+        for (int v = 0; v < V; ++v) codes[v] = nibbles_at<8>(words[v]);
+        multiply_in(4);
+        for (int v = 0; v < V; ++v) codes[v] = nibbles_at<12>(words[v]);
+        multiply_in(6);
+    }
+}
+
+// The same for 16 int4 keys with queries of 8 bits, four products to a lane: sums that whole_sums completes
+template <int Q>
+inline void add_byte_tile(const uint8_t* tile, const uint8_t* const (&x)[Q], int64_t at, LaneInts (&sums)[Q * kVectors]) {
+    LaneInts words[kVectors], codes[kVectors];
+    const auto multiply_in = [&](int64_t offset) {
+#pragma GCC unroll 8
+        for (int q = 0; q < Q; ++q) {
+            const LaneInts four = four_of_x(x[q] + at + offset);
 #pragma GCC unroll 2
             for (int v = 0; v < kVectors; ++v) {
-                sums[q * kVectors + v] = add_products(sums[q * kVectors + v], codes[v], pair);
+                sums[q * kVectors + v] = add_byte_products(sums[q * kVectors + v], codes[v], four);
             }
         }
     };
-    if (type == KvType::kInt8) {
-        for (int v = 0; v < kVectors; ++v) codes[v] = widened(tile + v * 2 * kLanes);
-        multiply_in(0);
-        return;
-    }
-    LaneInts words[kVectors];
     for (int v = 0; v < kVectors; ++v) words[v] = load_codes(tile + v * 4 * kLanes);
-    for (int v = 0; v < kVectors; ++v) codes[v] = nibbles_at<0>(words[v]);
+    for (int v = 0; v < kVectors; ++v) codes[v] = mask_bytes(words[v], 15);
     multiply_in(0);
-    for (int v = 0; v < kVectors; ++v) codes[v] = nibbles_at<4>(words[v]);
-    multiply_in(2);
-    for (int v = 0; v < kVectors; ++v) codes[v] = nibbles_at<8>(words[v]);
+    for (int v = 0; v < kVectors; ++v) codes[v] = mask_bytes(shift<-4>(words[v]), 15);
     multiply_in(4);
-    for (int v = 0; v < kVectors; ++v) codes[v] = nibbles_at<12>(words[v]);
-    multiply_in(6);
 }
 
-constexpr int64_t tile_depth(KvType type) { return type == KvType::kInt8 ? 2 : 8; }
-constexpr int64_t tile_bytes(KvType type) { return type == KvType::kInt8 ? 32 : 64; }
+// The products of a group of 32 channels of 16 keys with Q queries
+template <KvType T, int Q>
+inline void add_group(const uint8_t* tile, const KvQueries& q, int64_t row, int64_t dim, int64_t channel,
+                      LaneInts (&sums)[Q * kVectors]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Q * kVectors; ++i) sums[i] = zero_sums();
+    if constexpr (T == KvType::kInt8) {
+        const int16_t* x[Q];
+        for (int i = 0; i < Q; ++i) x[i] = reinterpret_cast<const int16_t*>(q.codes) + (row + i) * dim + channel;
+        for (int64_t c = 0; c < kKvGroup; c += 2, tile += 16 * lane_bytes(T)) {
+            add_tile<T, Q, kVectors>(tile, x, c, sums);
+        }
+    } else {
+        const uint8_t* x[Q];
+        for (int i = 0; i < Q; ++i) x[i] = q.codes + (row + i) * dim + channel;
+        for (int64_t c = 0; c < kKvGroup; c += 8, tile += 16 * lane_bytes(T)) add_byte_tile<Q>(tile, x, c, sums);
+#pragma GCC unroll 8
+        for (int i = 0; i < Q * kVectors; ++i) sums[i] = whole_sums(sums[i]);
+    }
+}
 
 template <KvType T, int Q>
 QQ_ALONE void kv_scores_of(const KvQueries& q, int64_t row, const KvTokens& keys, float* scores, int64_t ld) {
     const int64_t n_groups = keys.dim / kKvGroup, n_tiles = (keys.n + 15) / 16;
-    const int16_t* x[Q];
-    for (int i = 0; i < Q; ++i) x[i] = q.codes + (row + i) * keys.dim;
+    constexpr int64_t kGroupBytes = kKvGroup / tile_depth(T) * 16 * lane_bytes(T);
+    ask_scales_ahead<T>(keys);
     const uint8_t* tile = keys.codes;
     for (int64_t at = 0; at < n_tiles; ++at) {
         const int64_t key = 16 * at;
@@ -133,28 +191,26 @@ QQ_ALONE void kv_scores_of(const KvQueries& q, int64_t row, const KvTokens& keys
 #pragma GCC unroll 8
         for (int i = 0; i < Q * kVectors; ++i) total[i] = lanes_of(0.0f);
         for (int64_t g = 0; g < n_groups; ++g) {
-            ask_ahead<T>(keys, at * n_groups + g, n_tiles * n_groups);
+            ask_ahead(keys, (at * n_groups + g) * kGroupBytes, (at * n_groups + g + 1) * kGroupBytes);
             LaneInts sums[Q * kVectors];
-#pragma GCC unroll 8
-            for (int i = 0; i < Q * kVectors; ++i) sums[i] = zero_sums();
-            for (int64_t c = g * kKvGroup; c < (g + 1) * kKvGroup; c += tile_depth(T), tile += tile_bytes(T)) {
-                add_tile<Q>(T, tile, x, c, sums);
-            }
+            add_group<T, Q>(tile, q, row, keys.dim, g * kKvGroup, sums);
+            tile += kGroupBytes;
 #pragma GCC unroll 2
             for (int v = 0; v < kVectors; ++v) {
-                const LaneFloats scale = lane_scales(keys.scales + g * kKvPage + key + v * kLanes);
+                const LaneFloats scale = lane_scales(keys.scales + g * kKvBlock + key + v * kLanes);
 #pragma GCC unroll 8
                 for (int i = 0; i < Q; ++i) {
-                    const LaneFloats offset = lanes_of(q.offsets[(row + i) * n_groups + g]);
-                    LaneFloats& sum = total[i * kVectors + v];
-                    sum = multiply_add(subtract(to_floats(sums[i * kVectors + v]), offset), scale, sum);
+                    const int64_t of_query = (row + i) * n_groups + g;
+                    LaneFloats sum = to_floats(sums[i * kVectors + v]);
+                    if (T == KvType::kInt4) sum = subtract(sum, lanes_of(q.offsets[of_query]));
+                    LaneFloats& all = total[i * kVectors + v];
+                    all = multiply_add(sum, multiply(scale, lanes_of(q.scales[of_query])), all);
                 }
             }
         }
         for (int i = 0; i < Q; ++i) {
-            const LaneFloats scale = lanes_of(q.scales[row + i]);
             float* out = scores + (row + i) * ld + key;
-            for (int v = 0; v < kVectors; ++v) store_lanes(out + v * kLanes, multiply(total[i * kVectors + v], scale));
+            for (int v = 0; v < kVectors; ++v) store_lanes(out + v * kLanes, total[i * kVectors + v]);
         }
     }
 }
@@ -167,61 +223,77 @@ void kv_scores(const KvQueries& q, int64_t n_q, const KvTokens& keys, float* sco
     for (; row < n_q; ++row) kv_scores_of<T, 1>(q, row, keys, scores, ld);
 }
 
-// Probabilities of up to kKvBlock tokens times the tokens' scales for one group of channels, as int16 codes.
+// Probabilities of kKvBlock tokens times the tokens' scales for one group of channels, as int16 codes.
 struct ScaledCodes {
     alignas(64) int16_t codes[kKvBlock];
-    LaneFloats scale, offset;
+    float scale, offset;
 
-    // n is a multiple of 8.
-    void set(const float* probabilities, const float* token_scales, int64_t n, float middle) {
-        LaneFloats products[kKvBlock / kLanes];
+    template <KvType T>
+    QQ_INLINE void set(const float* probabilities, const float* token_scales) {
+        constexpr int n = kKvBlock / kLanes;
+        LaneFloats products[n];
         LaneInts top = zero_sums();  // compared as integers, NaN is larger than every number
-        for (int64_t j = 0; j < n; j += kLanes) {
-            products[j / kLanes] = multiply(load_first(probabilities + j, n - j), load_lanes(token_scales + j));
-            top = larger_bits(top, products[j / kLanes]);
+#pragma GCC unroll 8
+        for (int v = 0; v < n; ++v) {
+            products[v] = multiply(load_lanes(probabilities + v * kLanes), load_lanes(token_scales + v * kLanes));
+            top = larger_bits(top, products[v]);
         }
-        const float largest = bits_to_float(static_cast<uint32_t>(largest_lane(top)));
-        const LaneFloats inverse = lanes_of(largest > 1e-30f ? 32767.0f / largest : 0.0f);
+        const LaneFloats largest = largest_lane(top), inverse = to_shorts(largest);
         LaneInts sum = zero_sums();
-        for (int64_t j = 0; j < n; j += kLanes) {
-            const LaneInts code = rounded(multiply(products[j / kLanes], inverse));
-            sum = add_ints(sum, code);
-            store_shorts(codes + j, code);
+#pragma GCC unroll 8
+        for (int v = 0; v < n; v += 2) {
+            const LaneInts a = rounded(multiply(products[v], inverse)), b = rounded(multiply(products[v + 1], inverse));
+            if (T == KvType::kInt4) sum = add_ints(sum, add_ints(a, b));
+            store_shorts(codes + v * kLanes, a, b);
         }
-        scale = lanes_of(largest / 32767.0f);  // NaN stays NaN
-        offset = lanes_of(middle == 0 ? 0.0f : middle * sum_lanes(eight_lanes(to_floats(sum))));
+        scale = first_lane(largest) * (1.0f / 32767.0f);  // NaN stays NaN
+        offset = T == KvType::kInt4 ? kInt4Middle * sum_lanes(eight_lanes(to_floats(sum))) : 0.0f;
     }
 };
 
-template <KvType T, int Q>
-QQ_ALONE void kv_values_of(const float* p, int64_t ld, const float* rescale, const KvTokens& values, float* acc) {
-    const int64_t n = (values.n + 7) / 8 * 8, n_groups = values.dim / kKvGroup;
-    const int64_t run = T == KvType::kInt8 ? 2 : 8;  // tokens that lie side by side
-    const float middle = T == KvType::kInt8 ? 0.0f : kInt4Middle;
-    alignas(64) float scales[kKvBlock];
-    ScaledCodes scaled[Q];
+// Channels [d, d + V * kLanes) of Q rows
+template <KvType T, int Q, int V>
+QQ_INLINE void add_value_columns(const ScaledCodes* scaled, const float* rescale, const KvTokens& values, int64_t d,
+                                 float* acc) {
+    const int64_t n = (values.n + 7) / 8 * 8;
     const int16_t* x[Q];
     for (int i = 0; i < Q; ++i) x[i] = scaled[i].codes;
-    for (int64_t g = 0; g < n_groups; ++g) {
-        for (int64_t j = 0; j < n; j += kLanes) store_lanes(scales + j, lane_scales(values.scales + g * kKvPage + j));
-        for (int i = 0; i < Q; ++i) scaled[i].set(p + i * ld, scales, n, middle);
-        for (int64_t d = g * kKvGroup; d < (g + 1) * kKvGroup; d += 16) {
-            ask_ahead<T>(values, d / 16, values.dim / 16);
-            LaneInts sums[Q * kVectors];
+    LaneInts sums[Q * V];
 #pragma GCC unroll 8
-            for (int i = 0; i < Q * kVectors; ++i) sums[i] = zero_sums();
-            const uint8_t* tile = values.codes + d * tile_bytes(T) / 16;
-            for (int64_t j = 0; j < n; j += run, tile += values.dim * tile_bytes(T) / 16) add_tile<Q>(T, tile, x, j, sums);
+    for (int i = 0; i < Q * V; ++i) sums[i] = zero_sums();
+    const uint8_t* tile = values.codes + d * lane_bytes(T);
+    for (int64_t j = 0; j < n; j += tile_depth(T), tile += values.dim * lane_bytes(T)) add_tile<T, Q, V>(tile, x, j, sums);
 #pragma GCC unroll 8
-            for (int i = 0; i < Q; ++i) {
-                const LaneFloats before = lanes_of(rescale[i]);
-                for (int v = 0; v < kVectors; ++v) {
-                    float* out = acc + i * values.dim + d + v * kLanes;
-                    const LaneFloats sum = subtract(to_floats(sums[i * kVectors + v]), scaled[i].offset);
-                    store_lanes(out, multiply_add(sum, scaled[i].scale, multiply(load_lanes(out), before)));
-                }
-            }
+    for (int i = 0; i < Q; ++i) {
+        const LaneFloats before = lanes_of(rescale[i]), scale = lanes_of(scaled[i].scale);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+            float* out = acc + i * values.dim + d + v * kLanes;
+            LaneFloats sum = to_floats(sums[i * V + v]);
+            if (T == KvType::kInt4) sum = subtract(sum, lanes_of(scaled[i].offset));
+            store_lanes(out, multiply_add(sum, scale, multiply(load_lanes(out), before)));
         }
+    }
+}
+
+template <KvType T, int Q>
+QQ_ALONE void kv_values_of(const float* p, int64_t ld, const float* rescale, const KvTokens& values, float* acc) {
+    constexpr int V = Q * (kKvGroup / kLanes) <= 8 ? kKvGroup / kLanes : kVectors;  // 8 sums stay in registers
+    const int64_t n = (values.n + 7) / 8 * 8, n_groups = values.dim / kKvGroup;
+    ask_scales_ahead<T>(values);
+    // Half of the codes are asked for now, half with the products: memory that has nothing to do is lost time.
+    const int64_t half = n / tile_depth(T) * values.dim * lane_bytes(T) / 2;
+    alignas(64) float scales[kKvBlock];
+    ScaledCodes scaled[kLargestHead / kKvGroup][Q];  // all before the products, which would wait for each of them
+    for (int64_t g = 0; g < n_groups; ++g) {
+#pragma GCC unroll 8
+        for (int64_t j = 0; j < kKvBlock; j += kLanes) store_lanes(scales + j, lane_scales(values.scales + g * kKvBlock + j));
+        for (int i = 0; i < Q; ++i) scaled[g][i].template set<T>(p + i * ld, scales);
+        ask_ahead(values, g * half / n_groups, (g + 1) * half / n_groups);
+    }
+    for (int64_t d = 0; d < values.dim; d += V * kLanes) {
+        ask_ahead(values, half + d * half / values.dim, half + (d + V * kLanes) * half / values.dim);
+        add_value_columns<T, Q, V>(scaled[d / kKvGroup], rescale, values, d, acc);
     }
 }
 

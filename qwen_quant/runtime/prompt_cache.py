@@ -24,7 +24,7 @@ from qwen_quant.files import atomic_file
 from qwen_quant.runtime.gguf import GGUFFile
 from qwen_quant.runtime.session import Session
 
-MAGIC = b"qwen-quant prompt cache 2\n"
+MAGIC = b"qwen-quant prompt cache 3\n"
 OPTION = "--prompt-cache"
 MAX_HEADER = 1 << 16
 LAYER = struct.Struct("<QI")  # bytes and CRC-32

@@ -1,5 +1,7 @@
-// Every packed kernel of the instruction set QQ_CHECKED against the scalar kernels, over blocks of any bytes: exit code
-// 0 if all agree. For instruction sets that this machine does not have, run by an emulator (test_neon.py).
+// Every packed kernel of the instruction set QQ_CHECKED against the scalar kernels, over blocks of any bytes, and its
+// kernels of a quantized cache: exit code 0 if all agree. For instruction sets that this machine does not have, run by an
+// emulator (test_neon.py).
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -97,6 +99,48 @@ int64_t differences(const Kernels& checked, const Case& c) {
     return count;
 }
 
+// A block of tokens stored and read by both instruction sets
+int64_t cache_differences(const Kernels& checked, KvType type) {
+    const KvKernels &kernels = checked.kv[static_cast<int>(type)], &scalar = scalar_kernels()->kv[static_cast<int>(type)];
+    const int64_t dim = kKvUnit * any(1, 4), n = any(1, kKvBlock), n_q = any(1, 9), begin = kKvBlock * any(0, 3);
+    const int64_t groups = n_q * dim / kKvGroup;
+    std::normal_distribution<float> normal;
+    const auto numbers = [&](int64_t count, float scale) {
+        std::vector<float> x(static_cast<size_t>(count));
+        for (float& value : x) value = scale * normal(random_bits);
+        return x;
+    };
+    std::vector<uint8_t> keys(kv_head_bytes(type, dim)), values = keys, other_keys = keys, other_values = keys;
+    for (int64_t j = 0; j < n; ++j) {
+        const std::vector<float> x = numbers(dim, static_cast<float>(any(1, 50)));
+        kernels.store_key(x.data(), dim, keys.data(), begin + j);
+        kernels.store_value(x.data(), dim, values.data(), begin + j);
+        scalar.store_key(x.data(), dim, other_keys.data(), begin + j);
+        scalar.store_value(x.data(), dim, other_values.data(), begin + j);
+    }
+    int64_t count = (keys != other_keys) + (values != other_values);
+    const auto tokens = [&](const std::vector<uint8_t>& page) {
+        return KvTokens{page.data() + kv_codes_at(type, dim, begin), page.data() + kv_scales_at(type, dim, begin), n, dim,
+                        nullptr};
+    };
+    const std::vector<float> q = numbers(n_q * dim, 1.0f), start = numbers(n_q * dim, 1.0f), rescale = numbers(n_q, 1.0f);
+    std::vector<float> p = numbers(n_q * kKvBlock, 1.0f);
+    for (int64_t i = 0; i < n_q * kKvBlock; ++i) p[i] = i % kKvBlock < n ? std::exp(-3 * p[i] * p[i]) : 0;
+    std::vector<float> results[2];
+    for (const KvKernels* k : {&kernels, &scalar}) {
+        std::vector<uint8_t> codes(static_cast<size_t>(n_q * dim) * sizeof(int16_t));
+        std::vector<float> scales(groups), offsets(groups), scores(n_q * kKvBlock), acc = start;
+        k->quantize_queries(q.data(), n_q, dim, {codes.data(), scales.data(), offsets.data()});
+        k->scores({codes.data(), scales.data(), offsets.data()}, n_q, tokens(keys), scores.data(), kKvBlock);
+        k->values(p.data(), kKvBlock, rescale.data(), n_q, tokens(values), acc.data());
+        for (int64_t row = 0; row < n_q; ++row) std::fill(&scores[row * kKvBlock + n], &scores[row * kKvBlock] + kKvBlock, 0.0f);
+        scores.insert(scores.end(), acc.begin(), acc.end());
+        results[k == &scalar] = scores;
+    }
+    for (size_t i = 0; i < results[0].size(); ++i) count += !(std::fabs(results[0][i] - results[1][i]) <= 0.02f);
+    return count;
+}
+
 }  // namespace
 
 int main() {
@@ -109,6 +153,12 @@ int main() {
         if (count) std::printf("%s: %s: %ld products differ\n", checked.isa, type_info(type)->name, long(count));
         bad += count;
         ++types;
+    }
+    for (const KvType type : {KvType::kInt8, KvType::kInt4}) {
+        int64_t count = 0;
+        for (int i = 0; i < 12; ++i) count += cache_differences(checked, type);
+        if (count) std::printf("%s: cache type %d: %ld numbers differ\n", checked.isa, int(type), long(count));
+        bad += count;
     }
     std::printf("%s: %ld types checked\n", checked.isa, long(types));
     return bad != 0 || types == 0;
