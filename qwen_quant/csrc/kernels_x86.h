@@ -6,7 +6,7 @@
 #include "x86_attention.h"
 #include "x86_elementwise.h"
 #include "x86_floats.h"
-#include "x86_kv.h"
+#include "x86_kv_values.h"
 #include "x86_matmul.h"
 // After x86_lanes.h, which those above include:
 #include "packed_tiles.h"

@@ -45,8 +45,9 @@ inline float int4_error(const float* x, float scale) {
 // Sums and differences of neighbours, of neighbouring pairs, and of the halves of eight
 inline __m256 turn_eight(__m256 x) {
     const __m256 minus = _mm256_set1_ps(-0.0f);
-    const __m256 ones = _mm256_blend_ps(_mm256_setzero_ps(), minus, 0xaa), twos = _mm256_blend_ps(_mm256_setzero_ps(), minus, 0xcc);
-    const __m256 fours = _mm256_blend_ps(_mm256_setzero_ps(), minus, 0xf0);
+    const __m256 zero = _mm256_setzero_ps();
+    const __m256 ones = _mm256_blend_ps(zero, minus, 0xaa), twos = _mm256_blend_ps(zero, minus, 0xcc);
+    const __m256 fours = _mm256_blend_ps(zero, minus, 0xf0);
     x = _mm256_add_ps(_mm256_permute_ps(x, 0xb1), _mm256_xor_ps(x, ones));
     x = _mm256_add_ps(_mm256_permute_ps(x, 0x4e), _mm256_xor_ps(x, twos));
     return _mm256_add_ps(_mm256_permute2f128_ps(x, x, 1), _mm256_xor_ps(x, fours));
