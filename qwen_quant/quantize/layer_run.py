@@ -50,6 +50,7 @@ class LayerRun(LayerWeights):
         if reference is not None:
             reference.passed(*names.qkv, names.output)
         self._quantize((names.output,), moments, at_outputs)
+        del moments  # no small part of a layer's memory
         _add(batches, contexts.outputs(layer.attention_output))
         self.watch.lap("calibrate")
 
