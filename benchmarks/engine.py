@@ -86,11 +86,13 @@ class Program:
 def run(command: list[str]) -> tuple[Any, float, float]:
     """The JSON that a command prints (None for other output), its wall seconds, and its peak RSS in MB.
 
-    Exits with its messages when it fails.
+    Python programs find their bytecode, as those of an installed package do. Exits with its messages when it fails.
     """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment.setdefault("PYTHONPYCACHEPREFIX", str(Path(tempfile.gettempdir()) / "engine-bytecode"))
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as log:
         began = time.monotonic()
-        process = subprocess.Popen(command, stdout=out, stderr=log)
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.monotonic() - began
         if status:
