@@ -11,8 +11,7 @@ and these are rounded instead of W. Without the hidden states' part it is the ob
 arXiv:2504.02692), solved before rounding instead of column by column.
 
 It takes the same tokens' hidden states in full precision, which go through the layer beside the others. Half of the
-calibration windows do: all of them would cost twice as much, and the second half adds a fifth to what is gained
-(docs/quantization.md).
+calibration windows do: all of them would gain a third more for twice the time (docs/quantization.md).
 """
 
 from __future__ import annotations
@@ -34,9 +33,7 @@ Table = tuple[Tensor, Tensor]
 # λ as a share of the mean diagonal. Little of what is lacking follows from a layer's inputs, the rest is noise: with
 # the solver's 0.01 more of that is learned, and less is gained on other text (docs/quantization.md).
 DAMPING = 0.1
-Aim = Callable[
-    [Tensor, Tensor], Tensor
-]  # from a weight [N, K] and what was told [M, K] to that which is rounded
+Aim = Callable[[Tensor, Tensor], Tensor]  # from a weight [N, K] and its `change` [M, K] to what is rounded
 
 
 def told(lack: Tensor, hessian: Tensor) -> Tensor:
@@ -48,14 +45,14 @@ def told(lack: Tensor, hessian: Tensor) -> Tensor:
     return torch.zeros_like(lack) if info else torch.cholesky_solve(lack.T, factor).T
 
 
-def at_inputs(weight: Tensor, told: Tensor) -> Tensor:
-    """The weights [N, K] for which inputs make up for what was `told` [K, K] that they lack."""
-    return weight + weight @ told
+def at_inputs(weight: Tensor, change: Tensor) -> Tensor:
+    """The weights [N, K] that make up for what inputs lack, given what these tell of it, `change` [K, K]."""
+    return weight + weight @ change
 
 
-def at_outputs(weight: Tensor, told: Tensor) -> Tensor:
-    """The weights [N, K] whose outputs make up for what was `told` [N, K] that they lack."""
-    return weight + told
+def at_outputs(weight: Tensor, change: Tensor) -> Tensor:
+    """The weights [N, K] that make up for what outputs lack, given what inputs tell of it, `change` [N, K]."""
+    return weight + change
 
 
 class Reference:
