@@ -25,16 +25,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-from peers import SCRIPTS, peer_command, peer_of, sampled_windows
+from peers import ENVIRONMENT, SCRIPTS, peer_command, peer_of, sampled_windows
 
 OURS = "qwen-quant"
 
 
-def timed(command: list[str], environment: dict[str, str], folder: str) -> tuple[float, float]:
+def timed(command: list[str], folder: str) -> tuple[float, float]:
     """Wall seconds and peak RSS in GB of a command, run in `folder`. Exits with its output when it fails."""
     with tempfile.TemporaryFile() as log:
         began = time.monotonic()
-        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=ENVIRONMENT, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.monotonic() - began
         if status:
@@ -59,7 +59,6 @@ def main() -> None:
     results: dict[str, list[list[float]]] = {}
     if options.json and options.json.exists():
         results = json.loads(options.json.read_text())["runs"]
-    environment = os.environ | {"GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as scratch:
         windows, output = Path(scratch) / "windows.npy", Path(scratch) / "output"
         np.save(windows, sampled_windows(str(options.checkpoint), options.samples, options.seq_len))
@@ -72,7 +71,7 @@ def main() -> None:
             )
         for _ in range(options.repeat):
             for name in options.only or commands:
-                seconds, gigabytes = timed(commands[name], environment, scratch)
+                seconds, gigabytes = timed(commands[name], scratch)
                 results.setdefault(name, []).append([seconds, gigabytes])
                 print(f"{name:14s} {seconds:7.1f} s  {gigabytes:.2f} GB", flush=True)
                 shutil.rmtree(output, ignore_errors=True)

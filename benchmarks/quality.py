@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import perplexity
-from peers import checkpoint_in, peer_command, peer_of, sampled_windows
+from peers import ENVIRONMENT, checkpoint_in, peer_command, peer_of, sampled_windows
 
 CTX = 512
 MEAN_KLD = re.compile(r"Mean\s+KLD:\s*(-?[\d.]+)\s*±\s*([\d.]+)")
@@ -47,7 +47,9 @@ class Row:
 
 def run(command: list[str | Path]) -> str:
     """What a command prints. Exits with its last lines when it fails."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, errors="replace")
+    done = subprocess.run(
+        [str(part) for part in command], env=ENVIRONMENT, capture_output=True, text=True, errors="replace"
+    )
     if done.returncode:
         sys.exit(f"{(done.stdout + done.stderr)[-3000:]}\n{command[0]} failed")
     return done.stdout + done.stderr
