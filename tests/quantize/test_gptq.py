@@ -145,7 +145,8 @@ def test_rows_are_solved_in_parts(desc_act: bool, monkeypatch: pytest.MonkeyPatc
         whole, solve([first, second], hessian, IntGrid(4, 32), desc_act=desc_act), strict=True
     ):
         assert (one.tensor.codes != other.tensor.codes).float().mean() < 0.01
-        torch.testing.assert_close(one.tensor.scales.scale, other.tensor.scales.scale)
+        # Products of other sizes are summed in another order, which may round a scale to the next FP16 value.
+        torch.testing.assert_close(one.tensor.scales.scale, other.tensor.scales.scale, rtol=1e-3, atol=0)
         assert one.error == pytest.approx(other.error, rel=0.02)
         assert one.rtn_error == pytest.approx(other.rtn_error, rel=1e-4)
 
