@@ -50,7 +50,7 @@ class Calibration:
         self._complete = True  # whether all rows are there, and what lies above the blocks on the diagonal
 
     def add(self, x: Tensor, lack: Tensor | None = None) -> None:
-        """Count inputs x [..., K], and `lack` [..., M] where it is known.
+        """Count inputs x [..., K], and `lack` [..., M] of the first of them, where it is known.
 
         Raises CalibrationError when inputs are not finite, or their squares would not be.
         """
@@ -72,7 +72,8 @@ class Calibration:
         for rows in self._own(self._mean):  # the lower triangle is half the work
             self._mean[rows, : rows.stop].addmm_(x[:, rows].T, x[:, : rows.stop], **shares)
         if lack is not None:
-            self._add_lack(x, lack.reshape(-1, lack.shape[-1]))
+            lack = lack.reshape(-1, lack.shape[-1])
+            self._add_lack(x[: len(lack)], lack)
         self._complete = False
 
     def _add_lack(self, x: Tensor, lack: Tensor) -> None:

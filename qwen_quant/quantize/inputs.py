@@ -22,13 +22,7 @@ def batches_of(hidden: Tensor, routed: bool = False) -> tuple[Tensor, ...]:
     return hidden.split(_windows_at_once(hidden.shape[1], routed))
 
 
-def half_of(samples: int, seq_len: int) -> int:
-    """The windows of the first half of all batches."""
-    step = _windows_at_once(seq_len)
-    return min(samples, step * -(-samples // (2 * step)))
-
-
-# Of a batch's number and what it makes a stage's linears read; None where it is not known.
+# Of a batch's number and what it makes a stage's linears read: for its first windows, or None where it is not known.
 OfBatch = Callable[[int, Tensor], Tensor | None]
 
 

@@ -23,7 +23,7 @@ from qwen_quant.quantize.inputs import Inputs, batches_of
 from qwen_quant.quantize.layer import LinearReport, QuantizedLayer, Stopwatch
 from qwen_quant.quantize.ranks import each_on_its_rank
 from qwen_quant.quantize.recipe import GridChoice, Recipe
-from qwen_quant.quantize.targets import at_inputs, told
+from qwen_quant.quantize.targets import at_inputs, lacking, told
 from qwen_quant.spec import TensorInfo
 
 OUTER = -1  # the number of what lies outside the layers
@@ -68,7 +68,7 @@ def final_moments(checkpoint: Checkpoint, hidden: Tensor, exact: Tensor | None =
     reference = batches_of(hidden if exact is None else exact)
 
     def lack(number: int, x: Tensor) -> Tensor | None:
-        return norm(reference[number]) - x if number < len(reference) else None
+        return lacking(norm, reference, number, x)
 
     moments = Calibration(spec.hidden_size, name, hidden.device, shared=True)
     for x, missing in Inputs(norm, batches_of(hidden), lack=None if exact is None else lack):

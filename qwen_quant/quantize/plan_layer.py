@@ -31,9 +31,10 @@ from qwen_quant.quantize.calibration import BLOCK
 from qwen_quant.quantize.descend import SWEEPS
 from qwen_quant.quantize.experts import COLD, groups_of_experts
 from qwen_quant.quantize.gptq import FLOATS_AT_ONCE, LARGE, MEASURED, ROWS_AT_ONCE
-from qwen_quant.quantize.inputs import ROUTED_AT_ONCE, TOKENS_AT_ONCE, half_of
+from qwen_quant.quantize.inputs import ROUTED_AT_ONCE, TOKENS_AT_ONCE
 from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.quantize.stored import StoredTensor
+from qwen_quant.quantize.targets import half_of
 from qwen_quant.spec import ModelSpec
 
 FLOAT = 4
@@ -273,7 +274,7 @@ def solver_work(rows: int, columns: int) -> float:
 
 def exact_tokens(recipe: Recipe) -> int:
     """Tokens that pass in full precision too, for targets."""
-    return half_of(recipe.num_samples, recipe.seq_len) * recipe.seq_len if recipe.correct_targets else 0
+    return half_of(recipe.num_samples) * recipe.seq_len if recipe.correct_targets else 0
 
 
 def aiming_work(tokens: float, rows: int, columns: int, lack: int) -> Work:

@@ -19,7 +19,6 @@ from qwen_quant.grids.base import AffineGrid
 from qwen_quant.model import new_rotary
 from qwen_quant.progress import progress
 from qwen_quant.quantize.calibration import fast_matmul
-from qwen_quant.quantize.inputs import half_of
 from qwen_quant.quantize.layer import QuantizedLayer
 from qwen_quant.quantize.layer_run import LayerRun
 from qwen_quant.quantize.layer_weights import recipe_record
@@ -27,6 +26,7 @@ from qwen_quant.quantize.outer import OUTER, outer_grids, solve_outer
 from qwen_quant.quantize.ranks import device_here, joined, on_one_rank
 from qwen_quant.quantize.recipe import GridChoice, Recipe
 from qwen_quant.quantize.resume import Fingerprint, LayerStore, fingerprint
+from qwen_quant.quantize.targets import half_of
 
 
 def pick_device(device: str) -> torch.device:
@@ -112,7 +112,7 @@ def _layers(
     hidden = embedded(checkpoint, windows).to(device)  # [samples, seq, hidden]
     exact = None  # the first of them in full precision
     if recipe.correct_targets:
-        exact = hidden[: half_of(*windows.shape)].clone()
+        exact = hidden[: half_of(len(windows))].clone()
     table = new_rotary(spec).to(device)(0, windows.shape[1])
 
     def solved(index: int) -> QuantizedLayer:

@@ -55,12 +55,27 @@ def at_outputs(weight: Tensor, change: Tensor) -> Tensor:
     return weight + change
 
 
+def half_of(samples: int) -> int:
+    """The windows that pass in full precision too."""
+    return -(-samples // 2)
+
+
+def lacking(read: Callable[[Tensor], Tensor], exact: Batches, number: int, x: Tensor) -> Tensor | None:
+    """By how much inputs x of a batch differ from what `read` gives in full precision; None of a batch that does not
+    pass in it."""
+    if number >= len(exact):
+        return None
+    own = read(exact[number])
+    return own - x[: len(own)]
+
+
 class Reference:
     """A decoder layer in full precision, and the hidden states [samples, seq, hidden] that it carries along, in place:
-    those of the first windows, `half_of` them.
+    those of the first windows.
 
     Its weights are those of `layer` now; giving `layer` others leaves them as they are. Batches have the numbers of
-    `batches_of`, and each is carried by its rank. What is lacking is known of these batches.
+    `batches_of`, and each is carried by its rank. What is lacking is known of these batches, of the last perhaps only
+    for its first windows.
     """
 
     def __init__(
@@ -72,11 +87,11 @@ class Reference:
 
     def attention_lack(self, number: int, x: Tensor) -> Tensor | None:
         """By how much inputs x of q, k and v differ from those in full precision."""
-        return self._layer.attention_input(self._batches[number]) - x if self._knows(number) else None
+        return lacking(self._layer.attention_input, self._batches, number, x)
 
     def mlp_lack(self, number: int, x: Tensor) -> Tensor | None:
         """The same of gate and up."""
-        return self._layer.mlp_input(self._batches[number]) - x if self._knows(number) else None
+        return lacking(self._layer.mlp_input, self._batches, number, x)
 
     def _knows(self, number: int) -> bool:
         return number < len(self._batches)
@@ -109,7 +124,8 @@ class Reference:
     def _added(self, number: int, name: str, own: Tensor, x: Tensor, hidden: Batches) -> Tensor:
         linear, batch = self._layer.get_submodule(name), self._batches[number]
         assert isinstance(linear, nn.Linear)
-        lack = F.linear(own - x, linear.weight) + (batch - hidden[number])
+        windows = len(batch)
+        lack = F.linear(own - x[:windows], linear.weight) + (batch - hidden[number][:windows])
         batch.add_(linear(own))
         return lack
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen_quant.checkpoint import Checkpoint
@@ -70,6 +70,7 @@ def test_sizes(text: str, size: int) -> None:
 
 
 @given(samples=st.integers(1, 300), seq_len=st.integers(2, 9000), more=st.integers(1, 300))
+@example(samples=17, seq_len=60, more=1)
 @settings(max_examples=50, deadline=None)
 def test_more_calibration_never_needs_less(samples: int, seq_len: int, more: int, reference: Path) -> None:
     checkpoint = Checkpoint(reference)

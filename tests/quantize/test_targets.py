@@ -63,13 +63,20 @@ def read_by(model: Model, names: list[str], tokens: Tensor) -> dict[str, Tensor]
     return found
 
 
-@pytest.mark.parametrize("changes", [{}, QWEN2, MOE], ids=["qwen3", "qwen2", "moe"])
+@pytest.mark.parametrize(
+    ("changes", "at_once"),
+    [({}, 64), (QWEN2, 64), (MOE, 64), ({}, 192)],
+    ids=["qwen3", "qwen2", "moe", "part-of-a-batch"],
+)
 def test_what_is_lacking(
-    changes: dict[str, Any], make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any],
+    at_once: int,
+    make_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Linears see a prefix that stays as it is once it is quantized: two forward passes tell what each lacked."""
     checkpoint = Checkpoint(make_checkpoint(**changes))
-    monkeypatch.setattr(inputs, "TOKENS_AT_ONCE", 64)
+    monkeypatch.setattr(inputs, "TOKENS_AT_ONCE", at_once)
     aims: list[tuple[Tensor, ...]] = []
     solve = layer_run.solve
 
