@@ -105,10 +105,15 @@ def pack_bits(values: np.ndarray, bits: int) -> np.ndarray:
 def unpack_bits(words: np.ndarray, bits: int) -> np.ndarray:
     """The inverse of `pack_bits`: int32 [R * bits / 32, C] to uint8 [R, C]."""
     columns = words.shape[1]
-    octets = np.ascontiguousarray(words, dtype="<i4").view(np.uint8).reshape(-1, columns, 4)
-    stream = np.unpackbits(octets.transpose(0, 2, 1).reshape(-1, 1, columns), axis=1, bitorder="little")
-    planes = stream.reshape(-1, bits, columns)  # [R, bits, C]
-    return np.packbits(planes, axis=1, bitorder="little").reshape(-1, columns)
+    slots = np.ascontiguousarray(words, dtype="<i4").view("<u4").reshape(-1, bits, columns)
+    values = np.empty((len(slots), 32, columns), dtype=np.uint8)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        value = slots[:, word] >> np.uint32(shift)
+        if shift + bits > 32:
+            value |= slots[:, word + 1] << np.uint32(32 - shift)
+        values[:, i] = value & np.uint32((1 << bits) - 1)
+    return values.reshape(-1, columns)
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Rotary(nn.Module):
@@ -76,9 +74,12 @@ def inverse_frequencies(spec: ModelSpec) -> Tensor:
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Apply rotary embeddings to x [batch, heads, seq, head_dim]."""
     cos, sin = table
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x.float() * cos + turned * sin).to(x.dtype)
+    wide, half = x.float(), x.shape[-1] // 2
+    # Each half in its place: a copy of x with its halves exchanged takes longer than all else here.
+    turned = wide * cos
+    turned[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(wide[..., :half], sin[..., half:])
+    return turned.to(x.dtype)
 
 
 class Attention(nn.Module):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from qwen_quant.quantize.ranks import each_on_its_rank
 
-TOKENS_AT_ONCE = 1024  # calibration tokens per forward pass: bounds activations beside the hidden states
+TOKENS_AT_ONCE = 512  # calibration tokens per forward pass: bounds activations beside the hidden states
 ROUTED_AT_ONCE = 4096  # where each token goes to a few of many experts
+LARGEST = 126  # exponent of a unit, so that it and its inverse are normal numbers
 
 
 def _windows_at_once(seq_len: int, routed: bool = False) -> int:
@@ -26,11 +30,33 @@ def batches_of(hidden: Tensor, routed: bool = False) -> tuple[Tensor, ...]:
 OfBatch = Callable[[int, Tensor], Tensor | None]
 
 
+@dataclass
+class Narrow:
+    """Values [..., K] in half the memory: FP16, each row in the units of a power of two that bring it below 1.
+
+    What is lost of a value is a 2048th at most, or of the row's largest one 2^-25.
+    """
+
+    values: Tensor
+    unit: Tensor  # [..., 1]
+
+    @classmethod
+    def of(cls, x: Tensor) -> Narrow:
+        largest = torch.linalg.vector_norm(x, math.inf, dim=-1, keepdim=True)
+        exponent = largest.frexp().exponent.clamp(-LARGEST, LARGEST)
+        one = torch.ones_like(largest)
+        return cls((x * torch.ldexp(one, -exponent)).half(), torch.ldexp(one, exponent))
+
+    def wide(self) -> Tensor:
+        return self.values.float().mul_(self.unit)
+
+
 class Inputs:
     """What a stage's linears read, batch by batch: first for their moments, then, solved, for their outputs.
 
-    Kept in between, or computed a second time. Each batch belongs to one rank, the same in all stages. With `lack`,
-    inputs come with what it says they lack (targets.py).
+    Kept in between, or computed a second time; outputs see them `narrow` in both cases, unless that is not wanted.
+    Each batch belongs to one rank, the same in all stages. With `lack`, inputs come with what it says they lack
+    (targets.py).
     """
 
     def __init__(
@@ -39,9 +65,11 @@ class Inputs:
         batches: tuple[Tensor, ...],
         keep: bool = False,
         lack: OfBatch | None = None,
+        narrow: bool = True,
     ) -> None:
         self._compute, self._batches, self._keep, self._lack = compute, batches, keep, lack
-        self._kept: dict[int, Tensor] = {}
+        self._narrow = narrow
+        self._kept: dict[int, Narrow] = {}
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         return each_on_its_rank(self._first, range(len(self._batches)))
@@ -49,14 +77,16 @@ class Inputs:
     def _first(self, number: int) -> tuple[Tensor, Tensor | None]:
         x = self._compute(self._batches[number])
         if self._keep:
-            self._kept[number] = x
+            self._kept[number] = Narrow.of(x)
         return x, None if self._lack is None else self._lack(number, x)
 
     def outputs(self, function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         """What `function` makes of each batch; what was kept is let go."""
 
         def output(number: int) -> Tensor:
+            if not self._narrow:
+                return function(self._compute(self._batches[number]))
             kept = self._kept.pop(number, None)
-            return function(self._compute(self._batches[number]) if kept is None else kept)
+            return function((kept or Narrow.of(self._compute(self._batches[number]))).wide())
 
         return each_on_its_rank(output, range(len(self._batches)))

@@ -25,6 +25,8 @@ from qwen_quant.quantize.layer_weights import LayerWeights
 from qwen_quant.quantize.ranks import each_on_its_rank, own_part
 from qwen_quant.quantize.targets import Aim, Reference, at_inputs, at_outputs, told
 
+GroupsReady = Callable[[ExpertInputs, list[range]], Iterator[range]]  # brings groups of experts into memory
+
 
 class LayerRun(LayerWeights):
     """The stages of one decoder layer, each: see the inputs, solve, put the quantized weights in place."""
@@ -52,6 +54,7 @@ class LayerRun(LayerWeights):
         self._quantize((names.output,), moments, at_outputs)
         del moments  # no small part of a layer's memory
         _add(batches, contexts.outputs(layer.attention_output))
+        self._let_go(*names.qkv, names.output)
         self.watch.lap("calibrate")
 
         if isinstance(layer.mlp, SparseMLP):
@@ -65,7 +68,7 @@ class LayerRun(LayerWeights):
             self._finish_sparse(layer.mlp, parts, outputs)
         else:
             gated = self._solve_mlp(layer.mlp, names.mlp, batches, self.keep_activations, reference)
-            _add(batches, gated.outputs(self._linear(names.mlp[-1])))
+            _add(batches, gated.outputs(layer.mlp.down_proj))
         for states in (hidden, exact):
             if states is not None and not torch.isfinite(states.sum()):
                 raise CalibrationError(
@@ -88,10 +91,12 @@ class LayerRun(LayerWeights):
         inputs = Inputs(self.layer.mlp_input, batches, lack=lack)
         self._quantize(first, self._moments(first, inputs), at_inputs)
         lack = None if reference is None else reference.after_mlp(batches)
-        gated = Inputs(lambda part: module.gated(self.layer.mlp_input(part)), batches, keep, lack)
+        gated = Inputs(self._gated(module), batches, keep, lack)
         moments = self._moments(last, gated)
         if reference is not None:
             reference.passed(*names)
+        if keep:
+            self._let_go(*first)
         self._quantize(last, moments, at_outputs)
         return gated
 
@@ -99,7 +104,7 @@ class LayerRun(LayerWeights):
         self,
         block: SparseMLP,
         batches: tuple[Tensor, ...],
-        ready: Callable[[ExpertInputs, list[range]], Iterator[range]],
+        ready: GroupsReady,
     ) -> dict[int, Tensor]:
         """What the experts make of those `batches` that belong to this rank, by number.
 
@@ -118,7 +123,7 @@ class LayerRun(LayerWeights):
         self,
         block: SparseMLP,
         hidden: Tensor,
-        ready: Callable[[ExpertInputs, list[range]], Iterator[range]],
+        ready: GroupsReady,
     ) -> None:
         """Carry `hidden` past the experts as `ready` brings them into memory, and the shared one as it is."""
         parts = batches_of(hidden, routed=True)
@@ -173,8 +178,7 @@ class LayerRun(LayerWeights):
         """Carry `hidden` through the layer with weights quantized before, by the very steps of `solve_all`; and
         `exact` through the layer as it was."""
         if exact is not None:
-            self.replay(QuantizedLayer(self.index), exact, table)
-        layer, batches = self.layer, batches_of(hidden)
+            self._carry(exact, table, self._plain_groups, narrow=False)
 
         def restore(experts: Sequence[int]) -> None:
             for name, tensor in kept.tensors.items():
@@ -187,12 +191,22 @@ class LayerRun(LayerWeights):
                 yield experts
 
         restore([-1])
-        contexts = Inputs(lambda part: self._context(part, table), batches)
+        self._carry(hidden, table, restored_groups, narrow=True)
+
+    def _carry(self, hidden: Tensor, table: tuple[Tensor, Tensor], ready: GroupsReady, narrow: bool) -> None:
+        """Carry `hidden` through the layer as it is."""
+        layer, batches = self.layer, batches_of(hidden)
+        contexts = Inputs(lambda part: self._context(part, table), batches, narrow=narrow)
         _add(batches, contexts.outputs(layer.attention_output))
-        if isinstance(layer.mlp, SparseMLP):
-            self._pass_experts(layer.mlp, hidden, restored_groups)
-            return
-        _add(batches, Inputs(layer.mlp_input, batches).outputs(layer.mlp))
+        mlp = layer.mlp
+        if isinstance(mlp, SparseMLP):
+            self._pass_experts(mlp, hidden, ready)
+        else:
+            gated = Inputs(self._gated(mlp), batches, narrow=narrow)
+            _add(batches, gated.outputs(mlp.down_proj))
+
+    def _gated(self, mlp: MLP) -> Callable[[Tensor], Tensor]:
+        return lambda part: mlp.gated(self.layer.mlp_input(part))
 
     def _context(self, part: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         return self.layer.attend(self.layer.attention_input(part), table)

@@ -89,6 +89,11 @@ class LayerWeights:
         module = self._linear(name.removeprefix(self.prefix).removesuffix(".weight"))
         module.weight.data = to_torch(tensor, self.device).decode()
 
+    def _let_go(self, *names: str) -> None:
+        """Forget weights that nothing reads any more."""
+        for name in names:
+            self._linear(name).to("meta")
+
     def _take(self, found: list[Any], elsewhere: bool) -> None:
         """Keep what was solved, on this rank or `elsewhere`."""
         for tensor, report in found:

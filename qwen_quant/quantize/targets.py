@@ -41,8 +41,9 @@ def told(lack: Tensor, hessian: Tensor) -> Tensor:
     where H cannot be factored (see factor.py)."""
     damped = hessian.clone()
     damped.diagonal().add_(DAMPING * hessian.diagonal().mean())
-    factor, info = torch.linalg.cholesky_ex(damped)
-    return torch.zeros_like(lack) if info else torch.cholesky_solve(lack.T, factor).T
+    info = torch.empty((), dtype=torch.int32, device=damped.device)
+    torch.linalg.cholesky_ex(damped, out=(damped, info))  # in its place
+    return torch.zeros_like(lack) if info else torch.cholesky_solve(lack.T, damped).T
 
 
 def at_inputs(weight: Tensor, change: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ def test_what_is_lacking(
     """Linears see a prefix that stays as it is once it is quantized: two forward passes tell what each lacked."""
     checkpoint = Checkpoint(make_checkpoint(**changes))
     monkeypatch.setattr(inputs, "TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(inputs.Narrow, "of", Wide)  # test_inputs.py has what FP16 loses
     aims: list[tuple[Tensor, ...]] = []
     solve = layer_run.solve
 
@@ -110,6 +111,16 @@ def test_what_is_lacking(
         torch.testing.assert_close(hessian, x.T @ x / len(x), rtol=1e-3, atol=1e-5 * float(x.square().mean()))
         expected = weight + ridge(x, lack[:half], hessian)
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(weight.std()))
+
+
+@dataclass
+class Wide:
+    """In the place of `Narrow`: values as they are."""
+
+    values: Tensor
+
+    def wide(self) -> Tensor:
+        return self.values
 
 
 def ridge(x: Tensor, y: Tensor, hessian: Tensor) -> Tensor:
