@@ -3,12 +3,13 @@
 Memory in FP32 values unless said otherwise. T: calibration tokens; B: tokens of a forward pass; H, F: hidden and
 intermediate size; E problems of W [N, K] share a solve.
 
-    always            hidden states T·H, non-expert weights of one layer, codes of its solved weights (1 byte each)
+    always            hidden states T·H, non-expert weights of one layer until nothing reads them any more, codes of
+                      its solved weights (1 byte each)
     targets           hidden states in full precision, T·H of half the windows; beside a Hessian what is lacking: K²
                       of inputs, N·K of outputs; the weights N·K that are solved instead of W; while a part of the
                       layer runs, its weights twice and the activations of B tokens twice
-    attention         contexts T·q_size, unless they are computed again; activations of B tokens
-    MLP               gated activations T·F, unless they are computed again; activations of B tokens
+    attention         contexts T·q_size in FP16, unless they are computed again; activations of B tokens
+    MLP               gated activations T·F in FP16, unless they are computed again; activations of B tokens
     a shared input    its Hessian K²
     experts           their outputs T·H; weights and Hessians of those that are solved together
     solver            max(E·N·K + 2·E·K², 2·E·N·K + 6·P + E·K²): the Hessian in the solver's order and its factor,
@@ -38,6 +39,7 @@ from qwen_quant.quantize.targets import half_of
 from qwen_quant.spec import ModelSpec
 
 FLOAT = 4
+NARROW = 2  # bytes of an activation that is kept
 CODE = 1.07  # bytes of a code and its share of the scales, as the quantizer holds them
 # Floats of the solver for each weight that is solved at once, and for each entry of a Hessian.
 COMPENSATION, FACTORISATION = 6, 2
@@ -148,7 +150,7 @@ class CalibratedLayer:
         hidden = FLOAT * (tokens + exact_tokens(self.recipe)) * hidden_size
         twice = 2 if self.recipe.correct_targets else 1
         held = hidden + FLOAT * _weights(resident)
-        contexts = FLOAT * tokens * q if self.keep_activations else 0
+        contexts = NARROW * tokens * q if self.keep_activations else 0
         activations = twice * FLOAT * at_once * (ATTENTION_FLOATS * qkv + 3 * hidden_size)
         originals = FLOAT * (twice - 1) * qkv * hidden_size
         solved = CODE * (qkv * hidden_size)
@@ -160,6 +162,7 @@ class CalibratedLayer:
         codes = CODE * _weights([t for t in self.tensors if t.quantized])
         if self.moe is None:
             aimed = self.recipe.correct_targets
+            held -= FLOAT * (qkv + q) * hidden_size
             yield from self._mlp("", held + solved, spec.intermediate_size, self.keep_activations, aimed)
         else:
             routes = tokens * self.moe.num_experts_per_tok * 12
@@ -180,7 +183,7 @@ class CalibratedLayer:
         solving = self._solve(2 * ffn, hidden_size, hidden_size, aimed)
         yield Stage(f"solving {whose}gate and up", held + solving)
         held += CODE * 2 * ffn * hidden_size
-        held += FLOAT * self.tokens * ffn if keep else 0
+        held += NARROW * self.tokens * ffn if keep else 0
         # Where there are experts, the shared one's outputs are computed with theirs.
         at_once = self.at_once(ROUTED_AT_ONCE if self.moe else TOKENS_AT_ONCE)
         running = at_once * (MLP_FLOATS * ffn + 3 * hidden_size)

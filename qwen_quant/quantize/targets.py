@@ -5,7 +5,7 @@ GPTQ's target for inputs x̂ is W x̂. In full precision the inputs are x and th
 added to hidden states h, where quantizing has made ĥ. So q, k, v, gate and up lack W (x - x̂), and o and down lack
 W (x - x̂) + h - ĥ. The weights that come nearest to what W gives and lacks are
 
-    W' = argmin E|W' x̂ - (W x̂ + lack)|² + λ |W' - W|² = W + E[lack x̂ᵀ] (H + λ)⁻¹
+    W' = argmin E|W' x̂ - (W x̂ + lack)|² + |(W' - W) Λ^½|² = W + E[lack x̂ᵀ] (H + Λ)⁻¹
 
 and these are rounded instead of W. Without the hidden states' part it is the objective of GPTAQ (Li et al. 2025,
 arXiv:2504.02692), solved before rounding instead of column by column.
@@ -30,20 +30,30 @@ from qwen_quant.spec import ModelSpec
 
 Batches = tuple[Tensor, ...]
 Table = tuple[Tensor, Tensor]
-# λ as a share of the mean diagonal. Little of what is lacking follows from a layer's inputs, the rest is noise: with
-# the solver's 0.01 more of that is learned, and less is gained on other text (docs/quantization.md).
+# Λ as a share of the geometric mean of each input's second moment and the mean of all: of an input's own, large inputs
+# would be held back as much as small ones, of the mean, not at all. Little of what is lacking follows from a layer's
+# inputs, the rest is noise: with the solver's 0.01 more of that is learned, and less is gained on other text
+# (docs/quantization.md).
 DAMPING = 0.1
+LEAST = 1e-4  # and of the mean alone, for inputs that are always 0
 Aim = Callable[[Tensor, Tensor], Tensor]  # from a weight [N, K] and its `change` [M, K] to what is rounded
 
 
 def told(lack: Tensor, hessian: Tensor) -> Tensor:
-    """E[y xᵀ] (H + λ)⁻¹ [M, K]: what inputs x tell of y, given `lack` = E[y xᵀ] [M, K] and H = E[x xᵀ] [K, K]. Nothing
+    """E[y xᵀ] (H + Λ)⁻¹ [M, K]: what inputs x tell of y, given `lack` = E[y xᵀ] [M, K] and H = E[x xᵀ] [K, K]. Nothing
     where H cannot be factored (see factor.py)."""
     damped = hessian.clone()
-    damped.diagonal().add_(DAMPING * hessian.diagonal().mean())
+    damped.diagonal().add_(damping(hessian))
     info = torch.empty((), dtype=torch.int32, device=damped.device)
     torch.linalg.cholesky_ex(damped, out=(damped, info))  # in its place
     return torch.zeros_like(lack) if info else torch.cholesky_solve(lack.T, damped).T
+
+
+def damping(hessian: Tensor) -> Tensor:
+    """The diagonal of Λ [K], given H [K, K]."""
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    return DAMPING * (diagonal * mean).sqrt() + LEAST * mean
 
 
 def at_inputs(weight: Tensor, change: Tensor) -> Tensor:

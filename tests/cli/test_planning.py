@@ -109,7 +109,7 @@ def test_measuring_losses_counts(cli: Callable, make_model: Callable, tmp_path: 
     line += ["--num-samples", "16", "--no-verify"]
     whole = cli(*line, "--target-bpw", "6", "--max-ram", "1M")
     assert (whole.code, whole.out, whole.err.count("\n")) == (1, "", 1)
-    assert "measuring losses, gradients of layer" in whole.err and "fix the types with --type" in whole.err
+    assert "measuring losses, gradients at the head" in whole.err and "fix the types with --type" in whole.err
     assert "measuring losses" not in cli(*line, "--type", "Q4_0", "--max-ram", "1M").err
 
 

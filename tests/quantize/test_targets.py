@@ -125,7 +125,7 @@ class Wide:
 
 def ridge(x: Tensor, y: Tensor, hessian: Tensor) -> Tensor:
     """Least squares from the normal equations in float64, y being known of the first tokens."""
-    h = hessian.double() + targets.DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian))
+    h = hessian.double() + targets.damping(hessian).diag()
     return torch.linalg.solve(h, x[: len(y)].double().T @ y.double() / len(y)).T.float()
 
 
@@ -135,9 +135,15 @@ def test_what_is_told_is_least_squares() -> None:
     x[:, 5] *= 30
     found = targets.told(y.T @ x / 300, x.T @ x / 300)
     # Rows that hold it to 0 stand for the damping.
-    held = float(300 * targets.DAMPING * x.square().mean()) ** 0.5 * torch.eye(48, dtype=torch.float64)
+    held = (300 * targets.damping(x.T @ x / 300).double()).sqrt().diag()
     rows = torch.cat([x.double(), held]), torch.cat([y.double(), torch.zeros(48, 24)])
     torch.testing.assert_close(found.double(), torch.linalg.lstsq(*rows).solution.T, rtol=1e-3, atol=1e-5)
+
+
+def test_damping_lies_between_an_input_and_the_mean_of_all() -> None:
+    hessian = torch.tensor([1.0, 0.0, 16.0, 3.0]).diag()
+    expected = targets.DAMPING * torch.tensor([5.0, 0.0, 80.0, 15.0]).sqrt() + 5 * targets.LEAST
+    torch.testing.assert_close(targets.damping(hessian), expected)
 
 
 def test_inputs_without_variance_tell_nothing() -> None:
