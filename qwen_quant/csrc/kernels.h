@@ -122,6 +122,7 @@ const Kernels* avx512vnni_kernels();
 #endif
 #ifdef QQ_NEON
 const Kernels* neon_kernels();
+const Kernels* neon_i8mm_kernels();
 #endif
 
 // "auto" is the best that this CPU can run; nullptr for a name that is unknown or cannot run here.

@@ -1,6 +1,6 @@
-// Every packed kernel of the instruction set QQ_CHECKED against the scalar kernels, over blocks of any bytes, and its
-// kernels of a quantized cache: exit code 0 if all agree. For instruction sets that this machine does not have, run by an
-// emulator (test_neon.py).
+// Every packed kernel of the instruction set that is named against the scalar kernels, over blocks of any bytes, and its
+// kernels of a quantized cache: exit code 0 if all agree. Without a name it prints those that the CPU can run. For CPUs
+// that this machine is not, run by an emulator (test_neon.py).
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -38,7 +38,7 @@ struct Case {
     size_t row_bytes;
 };
 
-Case any_case(uint32_t type) {
+Case any_case(const Kernels& checked, uint32_t type) {
     const TypeInfo& info = *type_info(type);
     const int64_t more = random_bits() % 8 == 0 ? 1024 : 0;  // than a panel of weights takes at once
     Case c{type, any(1, 40), any(1, 3) * info.block + more, any(1, 9), {}, {}, 0};
@@ -53,7 +53,7 @@ Case any_case(uint32_t type) {
     c.x.resize(static_cast<size_t>(c.tokens) * int8_stride(c.k));
     for (int64_t t = 0; t < c.tokens; ++t) {
         for (float& value : row) value = normal(random_bits);
-        scalar_kernels()->quantize_row(row.data(), c.k, c.x.data() + static_cast<size_t>(t) * int8_stride(c.k));
+        checked.quantize_row(row.data(), c.k, c.x.data() + static_cast<size_t>(t) * int8_stride(c.k));
     }
     return c;
 }
@@ -78,6 +78,19 @@ float magnitude(const Case& c, int64_t row, int64_t token) {
     return sum;
 }
 
+// A token's products are the same to the bit when it comes alone.
+int64_t differences_alone(const TypeKernels& kernels, const Case& c, const uint8_t* packed, size_t row_bytes,
+                          const std::vector<float>& together) {
+    int64_t count = 0;
+    for (int64_t t = 0; t < c.tokens; ++t) {
+        std::vector<float> alone(static_cast<size_t>(c.rows), NAN);
+        kernels.matmul_packed({packed, row_bytes, c.rows, c.k, c.x.data() + static_cast<size_t>(t) * int8_stride(c.k),
+                               int8_stride(c.k), 1, alone.data(), c.rows});
+        count += std::memcmp(alone.data(), &together[t * c.rows], alone.size() * sizeof(float)) != 0;
+    }
+    return count;
+}
+
 int64_t differences(const Kernels& checked, const Case& c) {
     const TypeKernels& kernels = checked.types[c.type];
     const size_t row_bytes = packed_row_bytes(c.type, c.k);
@@ -96,7 +109,7 @@ int64_t differences(const Kernels& checked, const Case& c) {
             count += !(gap <= 3e-6f * magnitude(c, r, t) + 1e-6f);
         }
     }
-    return count;
+    return count + differences_alone(kernels, c, packed.data(), row_bytes, found);
 }
 
 // A block of tokens stored and read by both instruction sets
@@ -143,13 +156,17 @@ int64_t cache_differences(const Kernels& checked, KvType type) {
 
 }  // namespace
 
-int main() {
-    const Kernels& checked = *QQ_CHECKED();
+int main(int argc, char** argv) {
+    if (argc < 2) {
+        for (const char* const* name = available_isas(); *name; ++name) std::printf("%s\n", *name);
+        return 0;
+    }
+    const Kernels& checked = *find_kernels(argv[1]);
     int64_t bad = 0, types = 0;
     for (uint32_t type = 0; type < kTypeCount; ++type) {
         if (!checked.types[type].matmul_packed) continue;
         int64_t count = 0;
-        for (int i = 0; i < 12; ++i) count += differences(checked, any_case(type));
+        for (int i = 0; i < 12; ++i) count += differences(checked, any_case(checked, type));
         if (count) std::printf("%s: %s: %ld products differ\n", checked.isa, type_info(type)->name, long(count));
         bad += count;
         ++types;
