@@ -60,6 +60,7 @@ struct Available {
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
             __builtin_cpu_supports("avx512vnni")) {
             add(avx512vnni_kernels());
+            if (__builtin_cpu_supports("avx512bf16")) add(avx512bf16_kernels());
         }
 #endif
 #ifdef QQ_NEON

@@ -119,6 +119,7 @@ const Kernels* scalar_kernels();
 #ifdef QQ_X86
 const Kernels* avx2_kernels();
 const Kernels* avx512vnni_kernels();
+const Kernels* avx512bf16_kernels();
 #endif
 #ifdef QQ_NEON
 const Kernels* neon_kernels();

@@ -29,9 +29,9 @@ Kernels make_table() {
     Kernels k = *scalar_kernels();
     k.isa = QQ_ISA_NAME;
     k.lanes = kLanes;
-    k.types[kF32] = {matmul_floats<LoadF32>, dequantize_floats<LoadF32>, false};
-    k.types[kF16] = {matmul_floats<LoadF16>, dequantize_floats<LoadF16>, false};
-    k.types[kBF16] = {matmul_floats<LoadBF16>, dequantize_floats<LoadBF16>, false};
+    k.types[kF32] = {matmul_floats<AsFloats<LoadF32>>, dequantize_floats<LoadF32>, false};
+    k.types[kF16] = {matmul_floats<AsFloats<LoadF16>>, dequantize_floats<LoadF16>, false};
+    k.types[kBF16] = {matmul_floats<AsFloats<LoadBF16>>, dequantize_floats<LoadBF16>, false};
     k.types[kQ8_0] = blocks<BlockQ8_0>();
     k.types[kQ4_0] = blocks<BlockQ4_0>();
     k.types[kQ4_1] = blocks<BlockQ4_1>();

@@ -1,6 +1,6 @@
-// Every packed kernel of the instruction set that is named against the scalar kernels, over blocks of any bytes, and its
+// Every product of the instruction set that is named against the scalar kernels, over blocks of any bytes, and its
 // kernels of a quantized cache: exit code 0 if all agree. Without a name it prints those that the CPU can run. For CPUs
-// that this machine is not, run by an emulator (test_neon.py).
+// that this machine is not, run by an emulator (test_neon.py, test_avx512.py).
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "half.h"
 #include "kernels.h"
 #include "packed.h"
 #include "quant_blocks.h"
@@ -112,6 +113,44 @@ int64_t differences(const Kernels& checked, const Case& c) {
     return count + differences_alone(kernels, c, packed.data(), row_bytes, found);
 }
 
+std::vector<uint8_t> any_floats(uint32_t type, size_t n) {
+    std::normal_distribution<float> normal;
+    const size_t bytes = type_info(type)->bytes;
+    std::vector<uint8_t> stored(n * bytes);
+    for (size_t i = 0; i < n; ++i) {
+        const float x = normal(random_bits);
+        const uint16_t half = type == kF16 ? float_to_half(x) : float_to_bf16(x);
+        std::memcpy(&stored[i * bytes], type == kF32 ? static_cast<const void*>(&x) : &half, bytes);
+    }
+    return stored;
+}
+
+// Matrices of floats; avx512bf16 rounds what BF16 is multiplied with.
+int64_t float_differences(const Kernels& checked, uint32_t type) {
+    const bool rounds = type == kBF16 && std::strcmp(checked.isa, "avx512bf16") == 0;
+    const int64_t rows = any(1, 40), k = any(1, 200), tokens = any(1, 9);
+    const std::vector<uint8_t> weights = any_floats(type, static_cast<size_t>(rows * k));
+    const std::vector<uint8_t> x = any_floats(kF32, static_cast<size_t>(tokens * k));
+    std::vector<uint8_t> seen = x;
+    for (size_t i = 0; rounds && i < x.size(); i += sizeof(float)) {
+        float value;
+        std::memcpy(&value, &x[i], sizeof value);
+        value = bf16_to_float(float_to_bf16(value));
+        std::memcpy(&seen[i], &value, sizeof value);
+    }
+    const auto product = [&](const Kernels& kernels, const uint8_t* of, int64_t n) {
+        std::vector<float> y(static_cast<size_t>(n * rows), NAN);
+        kernels.types[type].matmul({weights.data(), static_cast<size_t>(k) * type_info(type)->bytes, rows, k, of,
+                                    static_cast<size_t>(k) * sizeof(float), n, y.data(), rows});
+        return y;
+    };
+    const std::vector<float> expected = product(*scalar_kernels(), seen.data(), tokens);
+    const std::vector<float> found = product(checked, x.data(), tokens), alone = product(checked, x.data(), 1);
+    int64_t count = std::memcmp(alone.data(), found.data(), alone.size() * sizeof(float)) != 0;
+    for (size_t i = 0; i < found.size(); ++i) count += !(std::fabs(found[i] - expected[i]) <= 1e-5f * std::sqrt(float(k)));
+    return count;
+}
+
 // A block of tokens stored and read by both instruction sets
 int64_t cache_differences(const Kernels& checked, KvType type) {
     const KvKernels &kernels = checked.kv[static_cast<int>(type)], &scalar = scalar_kernels()->kv[static_cast<int>(type)];
@@ -164,9 +203,12 @@ int main(int argc, char** argv) {
     const Kernels& checked = *find_kernels(argv[1]);
     int64_t bad = 0, types = 0;
     for (uint32_t type = 0; type < kTypeCount; ++type) {
-        if (!checked.types[type].matmul_packed) continue;
+        const bool is_float = type == kF32 || type == kF16 || type == kBF16;
+        if (!is_float && !checked.types[type].matmul_packed) continue;
         int64_t count = 0;
-        for (int i = 0; i < 12; ++i) count += differences(checked, any_case(checked, type));
+        for (int i = 0; i < 12; ++i) {
+            count += is_float ? float_differences(checked, type) : differences(checked, any_case(checked, type));
+        }
         if (count) std::printf("%s: %s: %ld products differ\n", checked.isa, type_info(type)->name, long(count));
         bad += count;
         ++types;
