@@ -6,9 +6,11 @@
 #include "x86_attention.h"
 #include "x86_elementwise.h"
 #include "x86_floats.h"
-#include "x86_kv_values.h"
+#include "x86_kv.h"
 #include "x86_matmul.h"
-// After x86_lanes.h, which those above include:
+// After lanes and what else those above have for them:
+#include "lane_attention.h"
+#include "lane_kv_values.h"
 #include "packed_tiles.h"
 
 namespace qq {

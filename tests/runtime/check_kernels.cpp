@@ -1,6 +1,6 @@
 // Every product of the instruction set that is named against the scalar kernels, over blocks of any bytes, and its
-// kernels of a quantized cache: exit code 0 if all agree. Without a name it prints those that the CPU can run. For CPUs
-// that this machine is not, run by an emulator (test_neon.py, test_avx512.py).
+// attention: exit code 0 if all agree. Without a name it prints those that the CPU can run. For CPUs that this machine is
+// not: see test_neon.py and test_avx512.py.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -113,6 +113,13 @@ int64_t differences(const Kernels& checked, const Case& c) {
     return count + differences_alone(kernels, c, packed.data(), row_bytes, found);
 }
 
+std::vector<float> numbers(int64_t count, float scale) {
+    std::normal_distribution<float> normal;
+    std::vector<float> x(static_cast<size_t>(count));
+    for (float& value : x) value = scale * normal(random_bits);
+    return x;
+}
+
 std::vector<uint8_t> any_floats(uint32_t type, size_t n) {
     std::normal_distribution<float> normal;
     const size_t bytes = type_info(type)->bytes;
@@ -156,12 +163,6 @@ int64_t cache_differences(const Kernels& checked, KvType type) {
     const KvKernels &kernels = checked.kv[static_cast<int>(type)], &scalar = scalar_kernels()->kv[static_cast<int>(type)];
     const int64_t dim = kKvUnit * any(1, 4), n = any(1, kKvBlock), n_q = any(1, 9), begin = kKvBlock * any(0, 3);
     const int64_t groups = n_q * dim / kKvGroup;
-    std::normal_distribution<float> normal;
-    const auto numbers = [&](int64_t count, float scale) {
-        std::vector<float> x(static_cast<size_t>(count));
-        for (float& value : x) value = scale * normal(random_bits);
-        return x;
-    };
     std::vector<uint8_t> keys(kv_head_bytes(type, dim)), values = keys, other_keys = keys, other_values = keys;
     for (int64_t j = 0; j < n; ++j) {
         const std::vector<float> x = numbers(dim, static_cast<float>(any(1, 50)));
@@ -193,6 +194,39 @@ int64_t cache_differences(const Kernels& checked, KvType type) {
     return count;
 }
 
+// Blocks of an FP16 cache, each with fewer visible tokens than the one before
+int64_t attention_differences(const Kernels& checked) {
+    const int64_t dim = 4 * any(1, 40), n_q = any(1, 9);
+    const std::vector<float> q = numbers(n_q * dim, 0.3f);
+    std::vector<float> results[2];
+    std::vector<float> top[2], sum[2];
+    for (const int i : {0, 1}) {
+        results[i].assign(static_cast<size_t>(n_q * dim), 0.0f);
+        top[i].assign(static_cast<size_t>(n_q), -INFINITY);
+        sum[i].assign(static_cast<size_t>(n_q), 0.0f);
+    }
+    for (int64_t n = any(40, kKvBlock); n > 0; n -= any(5, 30)) {
+        std::vector<uint16_t> keys(static_cast<size_t>(n * dim)), values = keys;
+        for (uint16_t& key : keys) key = float_to_half(numbers(1, 1.0f)[0]);
+        for (uint16_t& value : values) value = float_to_half(numbers(1, 1.0f)[0]);
+        for (const int i : {0, 1}) {
+            const Kernels& k = i == 0 ? checked : *scalar_kernels();
+            std::vector<float> scores(static_cast<size_t>(n_q * kKvBlock)), rescale(static_cast<size_t>(n_q));
+            k.attend_scores(q.data(), n_q, keys.data(), n, dim, scores.data(), kKvBlock, nullptr);
+            for (int64_t row = 0; row < n_q; ++row) {
+                const int64_t valid = n - row % n;
+                rescale[row] = k.softmax_block(&scores[row * kKvBlock], valid, n, &top[i][row], &sum[i][row]);
+            }
+            k.attend_values(scores.data(), kKvBlock, rescale.data(), n_q, values.data(), n, dim, results[i].data(), nullptr);
+        }
+    }
+    int64_t count = 0;
+    for (int64_t i = 0; i < n_q * dim; ++i) {
+        count += !(std::fabs(results[0][i] / sum[0][i / dim] - results[1][i] / sum[1][i / dim]) <= 1e-5f);
+    }
+    return count;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -219,6 +253,10 @@ int main(int argc, char** argv) {
         if (count) std::printf("%s: cache type %d: %ld numbers differ\n", checked.isa, int(type), long(count));
         bad += count;
     }
+    int64_t attention = 0;
+    for (int i = 0; i < 24; ++i) attention += attention_differences(checked);
+    if (attention) std::printf("%s: attention: %ld numbers differ\n", checked.isa, long(attention));
+    bad += attention;
     std::printf("%s: %ld types checked\n", checked.isa, long(types));
     return bad != 0 || types == 0;
 }
