@@ -27,7 +27,11 @@ Threads = Annotated[
     ),
 ]
 Isa = Annotated[
-    str, typer.Option("--isa", help="CPU instructions of the GGUF engine: auto, scalar, avx2 or avx512vnni.")
+    str,
+    typer.Option(
+        "--isa",
+        help="CPU instructions of the GGUF engine: auto, scalar, avx2, avx512vnni, avx512bf16, neon or neon-i8mm.",
+    ),
 ]
 
 GroupSize = Annotated[

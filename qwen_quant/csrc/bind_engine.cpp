@@ -1,5 +1,7 @@
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -132,6 +134,19 @@ void restore_kv(Engine& engine, int64_t n_tokens, const nb::iterable& layers) {
     engine.end_restore(n_tokens);
 }
 
+using Unit = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+std::vector<Unit> units_of_attention(const std::vector<std::pair<int64_t, int64_t>>& parts, int64_t n_kv_heads,
+                                     int n_threads) {
+    std::vector<Part> all;
+    for (const auto& [first, n_tokens] : parts) all.push_back({0, 0, n_tokens, first});
+    std::vector<Unit> units;
+    for (const AttentionUnit& u : attention_work(all, n_kv_heads, n_threads)) {
+        units.emplace_back(u.part, u.t0, u.t1, u.kv_head, u.begin, u.end);
+    }
+    return units;
+}
+
 }  // namespace
 
 void bind_engine(nb::module_& m) {
@@ -194,6 +209,8 @@ void bind_engine(nb::module_& m) {
         .def_prop_ro("kv_bytes_per_token", &Engine::kv_bytes_per_token)
         .def_prop_ro("kv_recent_bytes", &Engine::kv_recent_bytes)
         .def_prop_ro("scratch_bytes", &Engine::scratch_bytes);
+    m.def("attention_work", &units_of_attention, nb::arg("parts"), nb::arg("n_kv_heads"), nb::arg("n_threads"),
+          "How a step's attention is divided, of parts (first position, tokens): (part, t0, t1, head, begin, end).");
 }
 
 }  // namespace qq

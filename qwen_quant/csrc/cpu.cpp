@@ -4,6 +4,8 @@
 #if defined(QQ_NEON) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#elif defined(QQ_NEON) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include "kernels.h"
@@ -20,6 +22,19 @@ bool has_dot_products() {
     return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #else
     return true;  // every 64-bit Arm that Apple built into a computer
+#endif
+}
+
+bool has_int8_matrices() {
+#if defined(__linux__)
+    constexpr unsigned long kI8mm = 1ul << 13;  // HWCAP2_I8MM, which older headers lack
+    return (getauxval(AT_HWCAP2) & kI8mm) != 0;
+#elif defined(__APPLE__)
+    int found = 0;
+    size_t size = sizeof found;
+    return sysctlbyname("hw.optional.arm.FEAT_I8MM", &found, &size, nullptr, 0) == 0 && found != 0;
+#else
+    return false;
 #endif
 }
 #endif
@@ -45,10 +60,12 @@ struct Available {
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
             __builtin_cpu_supports("avx512vnni")) {
             add(avx512vnni_kernels());
+            if (__builtin_cpu_supports("avx512bf16")) add(avx512bf16_kernels());
         }
 #endif
 #ifdef QQ_NEON
         if (has_dot_products()) add(neon_kernels());
+        if (has_dot_products() && has_int8_matrices()) add(neon_i8mm_kernels());
 #endif
     }
 };

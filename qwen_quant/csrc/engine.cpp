@@ -72,7 +72,8 @@ size_t Engine::weight_bytes() const {
 size_t Engine::scratch_bytes() const {
     size_t total = (rope_cos_.size() + rope_sin_.size()) * sizeof(float) + kv_.scratch_bytes();
     for (const Buffer* b : {&hidden_, &qkv_, &attended_, &gate_, &up_, &residual_, &shared_floats_, &shared_int8_,
-                            &router_logits_, &choices_, &gathered_floats_, &gathered_int8_, &gated_int8_}) {
+                            &router_logits_, &choices_, &gathered_floats_, &gathered_int8_, &gated_int8_,
+                            &partial_sums_}) {
         total += b->bytes();
     }
     for (const Scratch& s : scratch_) {
@@ -161,7 +162,7 @@ std::vector<Segment> Engine::next_chunk(std::vector<Segment>& left) {
 }
 
 void Engine::step(const std::vector<Segment>& chunk, float* logits) {
-    StepState state{{}, 0, {}, {}, logits};
+    StepState state{{}, 0, {}, {}, {}, logits};
     int64_t longest = 0;
     for (const Segment& s : chunk) {
         const int64_t row = state.n_tokens, first = n_past_[static_cast<size_t>(s.sequence)];
@@ -174,7 +175,9 @@ void Engine::step(const std::vector<Segment>& chunk, float* logits) {
         longest = std::max(longest, first + s.n_tokens);
     }
     if (state.n_tokens > kChunk) throw RunError("more tokens in one step than Engine::kChunk");
+    state.attention = attention_work(state.parts, model_.config.n_kv_heads, team_.size());
     reserve_scratch(state.n_tokens);
+    reserve_partial_sums(state.attention);
     extend_rope_tables(longest);
     not_finite_.store(-1);
     team_.run([&](int id) { walk(id, state); });

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "attention_work.h"
 #include "buffer.h"
 #include "experts.h"
 #include "gguf.h"
@@ -25,6 +26,9 @@ struct Segment {
     int64_t n_tokens;
     int64_t n_logits;
 };
+
+struct AttentionRows;
+struct AttentionSums;
 
 class Engine {
 public:
@@ -104,8 +108,6 @@ private:
         Activations gated;      // [n, the expert's intermediate]: what its down projection reads
     };
     static constexpr int64_t kRowUnit = 16;    // threads take whole groups of packed rows, whatever these have in lanes
-    static constexpr int64_t kTokenGroup = 4;  // tokens that share each read of a key and value
-    struct AttentionRows;
     struct Scratch {  // of one thread
         Buffer activations, int8, attention;
         Buffer choices, gated_int8;  // of a single token
@@ -113,17 +115,11 @@ private:
         std::vector<ExpertBatch> batches;
         uint32_t stage = 0;  // stages of shared ranges so far
     };
-    // Consecutive rows of a step that belong to one sequence.
-    struct Part {
-        int64_t sequence;
-        int64_t row;  // of the first token among all of the step
-        int64_t n_tokens;
-        int64_t first;  // position of the first token
-    };
     struct StepState {
         std::vector<int32_t> tokens;
         int64_t n_tokens;
         std::vector<Part> parts;
+        std::vector<AttentionUnit> attention;
         std::vector<int64_t> wanted;  // rows whose logits are asked for, ascending
         float* logits;
     };
@@ -135,26 +131,32 @@ private:
     void extend_rope_tables(int64_t n_tokens);
     void make_block_turns();
     size_t attention_bytes() const;  // of one thread
+    void reserve_partial_sums(const std::vector<AttentionUnit>& units);
 
     // What each thread runs.
     void walk(int id, const StepState& s);
     void embed(int id, const StepState& s);
     void project_qkv(int id, const StepState& s, int64_t layer);
     void finish_head(const Part& part, int64_t layer, int64_t unit);
-    // From here to finish_row `layer` is a sequence's, as KvCache::place numbers them.
+    // Below `layer` is a sequence's, as KvCache::place numbers them, but for attend and attend_run.
     void store_key(int64_t layer, int64_t head, int64_t position, float* x);    // both leave x changed
     void store_value(int64_t layer, int64_t head, int64_t position, float* x);
-    void attend(int id, const Part& s, int64_t layer);
-    void attend_group(int id, const Part& s, int64_t layer, int64_t kv_head, int64_t t0, int64_t t1);
-    void prepare_queries(int64_t layer, int64_t kv_head, int64_t n_rows, const AttentionRows& rows);
+    void attend(int id, const StepState& s, int64_t layer);
+    void attend_run(int id, const StepState& s, int64_t layer, Range run);
+    // Of one chunk alone; this thread reads on up to `readable`.
+    void attend_chunk(const Part& part, int64_t layer, const AttentionUnit& chunk, int64_t readable,
+                      const AttentionRows& rows, const AttentionSums& sums);
+    AttentionSums partial_sums(size_t unit, int64_t n_rows) const;
+    void write_attended(const Part& part, int64_t layer, const AttentionUnit& unit, const AttentionSums& sums);
+    void prepare_queries(int64_t layer, int64_t kv_head, const AttentionRows& rows);
     // Whether these rows belong to one token, for which each key and value comes from memory once: the values of a block
-    // are then asked for while its keys are read, and the next block's keys while its values are.
+    // are then asked for while its keys are read, and the next block's keys while its values are, if it goes on there.
     bool is_single(int64_t n_rows) const { return n_rows == model_.config.n_heads / model_.config.n_kv_heads; }
     // Both take n tokens from `begin` on, quantized unless `half_floats`.
-    void score_block(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, bool half_floats, int64_t n_rows,
+    void score_block(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, bool half_floats,
                      const AttentionRows& rows);
-    void add_values(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, bool half_floats, int64_t n_rows,
-                    const AttentionRows& rows);
+    void add_values(int64_t layer, int64_t kv_head, int64_t begin, int64_t n, bool half_floats, bool goes_on,
+                    const AttentionRows& rows, float* acc);
     void finish_row(int64_t layer, int64_t kv_head, float* out);
     void turn_centre(const KvHalf& keys, int64_t head, int64_t block, float* out) const;
     static void multiply_by(float* x, const float* factors, int64_t n);
@@ -198,6 +200,13 @@ private:
     Buffer shared_floats_, shared_int8_;
     Buffer router_logits_, choices_, gathered_floats_, gathered_int8_, gated_int8_;  // with experts
     std::vector<Scratch> scratch_;
+    // Of attention that is divided by positions, by the unit: sums, and by the first unit of the same tokens and head how
+    // many chunks are done.
+    struct DoneChunks {
+        std::atomic<int64_t> count{0};
+    };
+    Buffer partial_sums_;
+    std::vector<DoneChunks> done_chunks_;
     std::vector<float> rope_frequencies_;     // radians per position [head_dim / 2]
     std::vector<float> rope_cos_, rope_sin_;  // [positions, head_dim / 2]
     std::vector<float> block_cos_, block_sin_;  // [head_dim / 2, kKvBlock]

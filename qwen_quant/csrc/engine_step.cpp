@@ -16,7 +16,7 @@ void Engine::walk(int id, const StepState& s) {
     for (int64_t layer = 0; layer < model_.config.n_layers; ++layer) {
         project_qkv(id, s, layer);
         team_.barrier();
-        for (const Part& part : s.parts) attend(id, part, kv_.place(part.sequence, layer));
+        attend(id, s, layer);
         team_.barrier();
         project_residual(id, s, model_.layers[layer].o, attended_.as<float>());
         team_.barrier();

@@ -119,9 +119,11 @@ const Kernels* scalar_kernels();
 #ifdef QQ_X86
 const Kernels* avx2_kernels();
 const Kernels* avx512vnni_kernels();
+const Kernels* avx512bf16_kernels();
 #endif
 #ifdef QQ_NEON
 const Kernels* neon_kernels();
+const Kernels* neon_i8mm_kernels();
 #endif
 
 // "auto" is the best that this CPU can run; nullptr for a name that is unknown or cannot run here.

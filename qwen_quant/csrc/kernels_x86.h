@@ -6,9 +6,11 @@
 #include "x86_attention.h"
 #include "x86_elementwise.h"
 #include "x86_floats.h"
-#include "x86_kv_values.h"
+#include "x86_kv.h"
 #include "x86_matmul.h"
-// After x86_lanes.h, which those above include:
+// After lanes and what else those above have for them:
+#include "lane_attention.h"
+#include "lane_kv_values.h"
 #include "packed_tiles.h"
 
 namespace qq {
@@ -29,9 +31,9 @@ Kernels make_table() {
     Kernels k = *scalar_kernels();
     k.isa = QQ_ISA_NAME;
     k.lanes = kLanes;
-    k.types[kF32] = {matmul_floats<LoadF32>, dequantize_floats<LoadF32>, false};
-    k.types[kF16] = {matmul_floats<LoadF16>, dequantize_floats<LoadF16>, false};
-    k.types[kBF16] = {matmul_floats<LoadBF16>, dequantize_floats<LoadBF16>, false};
+    k.types[kF32] = {matmul_floats<AsFloats<LoadF32>>, dequantize_floats<LoadF32>, false};
+    k.types[kF16] = {matmul_floats<AsFloats<LoadF16>>, dequantize_floats<LoadF16>, false};
+    k.types[kBF16] = {matmul_floats<AsFloats<LoadBF16>>, dequantize_floats<LoadBF16>, false};
     k.types[kQ8_0] = blocks<BlockQ8_0>();
     k.types[kQ4_0] = blocks<BlockQ4_0>();
     k.types[kQ4_1] = blocks<BlockQ4_1>();

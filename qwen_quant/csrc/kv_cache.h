@@ -107,11 +107,6 @@ public:
         return reinterpret_cast<uint16_t*>(value_page(layer, head, position)) + position % kPage * head_dim_;
     }
 
-    // The position after n others, where there is room for it.
-    int64_t following(int64_t layer, int64_t position, int64_t n) const {
-        return position + n < static_cast<int64_t>(pages_[sequence(layer)].size()) * kPage ? position + n : position;
-    }
-
     // The codes from `position` on, up to the end of the page, whatever their type.
     const uint8_t* key_codes(int64_t layer, int64_t head, int64_t position) const {
         return key_page(layer, head, position) + kv_codes_at(layout(layer).key.type, head_dim_, position % kPage);

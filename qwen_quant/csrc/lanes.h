@@ -35,6 +35,10 @@ inline float load_f32(const uint8_t* p) {
 // In place of a group's scale where the block has a single one.
 struct NoScale {};
 
+// Whether a sum of products in a panel is of two tokens, and takes two words of codes at a time.
+template <class Sum>
+constexpr bool kTwoTokens = false;
+
 // Calls visit(r0, r1) for parts of the rows, multiples of `unit`, that stay in the second-level cache while all tokens
 // pass by; the activations of one tile stay in the first-level cache while these rows pass by.
 template <class Visit>

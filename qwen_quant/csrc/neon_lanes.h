@@ -1,4 +1,5 @@
-// NEON with the dot-product extension: four lanes, each with its own row of packed weights.
+// NEON with the dot-product extension: four lanes, each with its own row of packed weights. With i8mm as well, panels
+// multiply two rows with two tokens at a time.
 #pragma once
 
 #include <arm_neon.h>
@@ -48,11 +49,56 @@ inline LaneInts iq4_levels(LaneInts codes) {
 using LaneScales = LaneInts;
 inline LaneScales lane_scales(LaneInts x) { return x; }
 
+#ifdef __ARM_FEATURE_MATMUL_INT8
+// SignedSum of two tokens: an instruction multiplies 8 codes of two rows with 8 of two tokens, which takes two words of
+// codes. The sums of integers are the same, so a token's product does not depend on how many there are.
+struct MatrixSum {
+    static constexpr int kFit = kBlock / 4, kParts = 1;
+    LaneInts low, high;  // rows 0 and 1, rows 2 and 3: [row, token]
+    LaneInts sum[2];
+    static void split(LaneInts codes, LaneInts (&parts)[1]) { parts[0] = codes; }
+    // From [row, 4 of k] twice to [2 rows, 8 of k] twice
+    static void pair_words(LaneInts& a, LaneInts& b) {
+        const LaneInts first = a;
+        a = vzip1q_s32(first, b);
+        b = vzip2q_s32(first, b);
+    }
+    static LaneInts load_pair(const uint8_t* x0, const uint8_t* x1) {
+        return vreinterpretq_s32_u8(vcombine_u8(vld1_u8(x0), vld1_u8(x1)));
+    }
+    QQ_INLINE void begin(int32_t start0, int32_t start1) {
+        const int32x2_t both = vset_lane_s32(start1, vdup_n_s32(start0), 1);
+        low = high = vcombine_s32(both, both);
+        sum[0] = sum[1] = vdupq_n_s32(0);
+    }
+    QQ_INLINE void add(LaneInts first, LaneInts second, LaneInts x) {
+        low = vmmlaq_s32(low, vreinterpretq_s8_s32(first), vreinterpretq_s8_s32(x));
+        high = vmmlaq_s32(high, vreinterpretq_s8_s32(second), vreinterpretq_s8_s32(x));
+    }
+    QQ_INLINE void fold(NoScale) {
+        sum[0] = vuzp1q_s32(low, high);
+        sum[1] = vuzp2q_s32(low, high);
+    }
+    QQ_INLINE void fold(LaneScales scale) {
+        sum[0] = vmlaq_s32(sum[0], vuzp1q_s32(low, high), scale);
+        sum[1] = vmlaq_s32(sum[1], vuzp2q_s32(low, high), scale);
+        low = high = vdupq_n_s32(0);
+    }
+    QQ_INLINE LaneFloats total(int token) const { return to_floats(sum[token]); }
+};
+template <>
+constexpr bool kTwoTokens<MatrixSum> = true;
+#endif
+
 // The sum over groups of scale times the products of codes with x. All codes are below 128, so the instruction takes
 // them as signed.
 struct SignedSum {
     static constexpr int kFit = kBlock / 4;  // additions between two folds
+#ifdef __ARM_FEATURE_MATMUL_INT8
+    using InPanel = MatrixSum;
+#else
     using InPanel = SignedSum;
+#endif
     static constexpr int kParts = 1;
     static void split(LaneInts codes, LaneInts (&parts)[1]) { parts[0] = codes; }
     static LaneInts load(const uint8_t* x, const Q8Row&, int64_t i) { return four_of_x(x + i); }

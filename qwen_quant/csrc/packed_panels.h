@@ -29,6 +29,9 @@ struct PanelStep {
             Sum::split(first, codes[W::first(I)]);
             Sum::split(second, codes[W::second(I)]);
         });
+        if constexpr (kTwoTokens<Sum>) {
+            for (int i = 0; i < 8; i += 2) Sum::pair_words(codes[i][0], codes[i + 1][0]);
+        }
         d = W::half(w, 0);
         if constexpr (W::kScaled) {
             for (int n = 0; n < kScales; ++n) scales[n] = lane_scales(W::template scale<J>(w, c, n));
@@ -68,41 +71,93 @@ struct Panel {
     }
 };
 
-// One step of a panel's rows with T tokens, the b-th 32 weights of the row.
+// The scale that the products of word `kWord` of a step wait for
+template <int kWord, class W>
+QQ_INLINE auto scale_after(const PanelStep<W>& step) {
+    if constexpr (W::kScaled) {
+        return step.scales[kWord / (W::kGroup / 4)];
+    } else {
+        return NoScale();
+    }
+}
+
+// The products of one step of a panel's rows with T tokens, the b-th 32 weights of the row.
+template <class W, int G, int T>
+struct StepSums {
+    using Sum = typename PanelStep<W>::Sum;
+    Sum sums[G][T];
+
+    QQ_INLINE void multiply(const PanelStep<W> (&step)[G], const uint8_t* const (&x)[T], const Q8Row& at, int64_t b) {
+#pragma GCC unroll 8  // here and below: or the sums would be kept in memory
+        for (int t = 0; t < T; ++t) {
+            for (int g = 0; g < G; ++g) sums[g][t].begin(W::start(x[t], at, b));
+        }
+        unrolled<8>([&](auto word) QQ_LAMBDA_INLINE {
+            constexpr int kWord = decltype(word)::value, kDone = kWord + 1;
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                const auto four = Sum::load(x[t], at, b * kBlock + 4 * kWord);
+                for (int g = 0; g < G; ++g) sums[g][t].add(step[g].codes[kWord], four);
+            }
+            if constexpr (kDone % fold_after<W, Sum>() == 0) {
+#pragma GCC unroll 8
+                for (int t = 0; t < T; ++t) {
+                    for (int g = 0; g < G; ++g) sums[g][t].fold(scale_after<kWord>(step[g]));
+                }
+            }
+        });
+    }
+    QQ_INLINE LaneFloats total(int g, int t) const { return sums[g][t].total(); }
+};
+
+// The same where a sum is of two tokens; of an odd number the last one counts twice.
+template <class W, int G, int T>
+struct PairedSums {
+    using Sum = typename PanelStep<W>::Sum;
+    static constexpr int kPairs = (T + 1) / 2;
+    Sum sums[G][kPairs];
+
+    QQ_INLINE void multiply(const PanelStep<W> (&step)[G], const uint8_t* const (&x)[T], const Q8Row& at, int64_t b) {
+#pragma GCC unroll 8
+        for (int p = 0; p < kPairs; ++p) {
+            const int32_t first = W::start(x[2 * p], at, b), second = W::start(x[other(p)], at, b);
+            for (int g = 0; g < G; ++g) sums[g][p].begin(first, second);
+        }
+        unrolled<4>([&](auto pair) QQ_LAMBDA_INLINE {
+            constexpr int kWord = 2 * decltype(pair)::value, kDone = kWord + 2;
+            const int64_t i = b * kBlock + 4 * kWord;
+#pragma GCC unroll 8
+            for (int p = 0; p < kPairs; ++p) {
+                const LaneInts eight = Sum::load_pair(x[2 * p] + i, x[other(p)] + i);
+                for (int g = 0; g < G; ++g) {
+                    sums[g][p].add(step[g].codes[kWord][0], step[g].codes[kWord + 1][0], eight);
+                }
+            }
+            if constexpr (kDone % fold_after<W, Sum>() == 0) {
+#pragma GCC unroll 8
+                for (int p = 0; p < kPairs; ++p) {
+                    for (int g = 0; g < G; ++g) sums[g][p].fold(scale_after<kWord>(step[g]));
+                }
+            }
+        });
+    }
+    QQ_INLINE LaneFloats total(int g, int t) const { return sums[g][t / 2].total(t % 2); }
+
+private:
+    static constexpr int other(int p) { return 2 * p + 1 < T ? 2 * p + 1 : 2 * p; }
+};
+
+// One step of a panel's rows with T tokens.
 template <class W, int G, int T>
 QQ_INLINE void add_panel_step(const PanelStep<W> (&step)[G], const uint8_t* const (&x)[T], const Q8Row& at, int64_t b,
                               LaneFloats (&acc)[G][T]) {
-    using Sum = typename PanelStep<W>::Sum;
-    Sum sums[G][T];
-#pragma GCC unroll 8  // here and below: or the sums would be kept in memory
-    for (int t = 0; t < T; ++t) {
-        for (int g = 0; g < G; ++g) sums[g][t].begin(W::start(x[t], at, b));
-    }
-    unrolled<8>([&](auto word) QQ_LAMBDA_INLINE {
-        constexpr int kWord = decltype(word)::value, kDone = kWord + 1;
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
-            const auto four = Sum::load(x[t], at, b * kBlock + 4 * kWord);
-            for (int g = 0; g < G; ++g) sums[g][t].add(step[g].codes[kWord], four);
-        }
-        if constexpr (kDone % fold_after<W, Sum>() == 0) {
-#pragma GCC unroll 8
-            for (int t = 0; t < T; ++t) {
-                for (int g = 0; g < G; ++g) {
-                    if constexpr (W::kScaled) {
-                        sums[g][t].fold(step[g].scales[kWord / (W::kGroup / 4)]);
-                    } else {
-                        sums[g][t].fold(NoScale());
-                    }
-                }
-            }
-        }
-    });
+    std::conditional_t<kTwoTokens<typename PanelStep<W>::Sum>, PairedSums<W, G, T>, StepSums<W, G, T>> sums;
+    sums.multiply(step, x, at, b);
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
         const LaneFloats x_scale = lanes_of(load_f32(x[t] + at.scales + 4 * b));
         for (int g = 0; g < G; ++g) {
-            acc[g][t] = multiply_add(sums[g][t].total(), multiply(step[g].d, x_scale), acc[g][t]);
+            acc[g][t] = multiply_add(sums.total(g, t), multiply(step[g].d, x_scale), acc[g][t]);
         }
         for (int i = 0; i < W::kMinima; ++i) {
             const LaneFloats sum = lanes_of(load_f32(x[t] + sum_of_x<W>(at, b, i)));

@@ -80,9 +80,9 @@ class Session:
     ) -> Session:
         """Opens a GGUF file or an ONNX folder.
 
-        `n_threads` None takes as many CPUs as a short trial finds fastest; `isa` is auto, scalar, avx2 or avx512vnni;
-        `n_ctx` overrides the context length in the file; the cache of keys and values is f16, int8, int4 or
-        auto (as the file's calibration chose). Raises FormatError for a file that cannot be run
+        `n_threads` None takes as many CPUs as a short trial finds fastest; `isa` is auto or one of
+        `_core.cpu_isas()`; `n_ctx` overrides the context length in the file; the cache of keys and values is f16,
+        int8, int4 or auto (as the file's calibration chose). Raises FormatError for a file that cannot be run
         exactly, QwenQuantError for options that this machine cannot serve.
         """
         from qwen_quant.runtime.onnx import OnnxEngine, OnnxFolder, is_onnx_folder

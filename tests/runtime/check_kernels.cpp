@@ -1,6 +1,6 @@
-// Every packed kernel of the instruction set QQ_CHECKED against the scalar kernels, over blocks of any bytes, and its
-// kernels of a quantized cache: exit code 0 if all agree. For instruction sets that this machine does not have, run by an
-// emulator (test_neon.py).
+// Every product of the instruction set that is named against the scalar kernels, over blocks of any bytes, and its
+// attention: exit code 0 if all agree. Without a name it prints those that the CPU can run. For CPUs that this machine is
+// not: see test_neon.py and test_avx512.py.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 
+#include "half.h"
 #include "kernels.h"
 #include "packed.h"
 #include "quant_blocks.h"
@@ -38,7 +39,7 @@ struct Case {
     size_t row_bytes;
 };
 
-Case any_case(uint32_t type) {
+Case any_case(const Kernels& checked, uint32_t type) {
     const TypeInfo& info = *type_info(type);
     const int64_t more = random_bits() % 8 == 0 ? 1024 : 0;  // than a panel of weights takes at once
     Case c{type, any(1, 40), any(1, 3) * info.block + more, any(1, 9), {}, {}, 0};
@@ -53,7 +54,7 @@ Case any_case(uint32_t type) {
     c.x.resize(static_cast<size_t>(c.tokens) * int8_stride(c.k));
     for (int64_t t = 0; t < c.tokens; ++t) {
         for (float& value : row) value = normal(random_bits);
-        scalar_kernels()->quantize_row(row.data(), c.k, c.x.data() + static_cast<size_t>(t) * int8_stride(c.k));
+        checked.quantize_row(row.data(), c.k, c.x.data() + static_cast<size_t>(t) * int8_stride(c.k));
     }
     return c;
 }
@@ -78,6 +79,19 @@ float magnitude(const Case& c, int64_t row, int64_t token) {
     return sum;
 }
 
+// A token's products are the same to the bit when it comes alone.
+int64_t differences_alone(const TypeKernels& kernels, const Case& c, const uint8_t* packed, size_t row_bytes,
+                          const std::vector<float>& together) {
+    int64_t count = 0;
+    for (int64_t t = 0; t < c.tokens; ++t) {
+        std::vector<float> alone(static_cast<size_t>(c.rows), NAN);
+        kernels.matmul_packed({packed, row_bytes, c.rows, c.k, c.x.data() + static_cast<size_t>(t) * int8_stride(c.k),
+                               int8_stride(c.k), 1, alone.data(), c.rows});
+        count += std::memcmp(alone.data(), &together[t * c.rows], alone.size() * sizeof(float)) != 0;
+    }
+    return count;
+}
+
 int64_t differences(const Kernels& checked, const Case& c) {
     const TypeKernels& kernels = checked.types[c.type];
     const size_t row_bytes = packed_row_bytes(c.type, c.k);
@@ -96,6 +110,51 @@ int64_t differences(const Kernels& checked, const Case& c) {
             count += !(gap <= 3e-6f * magnitude(c, r, t) + 1e-6f);
         }
     }
+    return count + differences_alone(kernels, c, packed.data(), row_bytes, found);
+}
+
+std::vector<float> numbers(int64_t count, float scale) {
+    std::normal_distribution<float> normal;
+    std::vector<float> x(static_cast<size_t>(count));
+    for (float& value : x) value = scale * normal(random_bits);
+    return x;
+}
+
+std::vector<uint8_t> any_floats(uint32_t type, size_t n) {
+    std::normal_distribution<float> normal;
+    const size_t bytes = type_info(type)->bytes;
+    std::vector<uint8_t> stored(n * bytes);
+    for (size_t i = 0; i < n; ++i) {
+        const float x = normal(random_bits);
+        const uint16_t half = type == kF16 ? float_to_half(x) : float_to_bf16(x);
+        std::memcpy(&stored[i * bytes], type == kF32 ? static_cast<const void*>(&x) : &half, bytes);
+    }
+    return stored;
+}
+
+// Matrices of floats; avx512bf16 rounds what BF16 is multiplied with.
+int64_t float_differences(const Kernels& checked, uint32_t type) {
+    const bool rounds = type == kBF16 && std::strcmp(checked.isa, "avx512bf16") == 0;
+    const int64_t rows = any(1, 40), k = any(1, 200), tokens = any(1, 9);
+    const std::vector<uint8_t> weights = any_floats(type, static_cast<size_t>(rows * k));
+    const std::vector<uint8_t> x = any_floats(kF32, static_cast<size_t>(tokens * k));
+    std::vector<uint8_t> seen = x;
+    for (size_t i = 0; rounds && i < x.size(); i += sizeof(float)) {
+        float value;
+        std::memcpy(&value, &x[i], sizeof value);
+        value = bf16_to_float(float_to_bf16(value));
+        std::memcpy(&seen[i], &value, sizeof value);
+    }
+    const auto product = [&](const Kernels& kernels, const uint8_t* of, int64_t n) {
+        std::vector<float> y(static_cast<size_t>(n * rows), NAN);
+        kernels.types[type].matmul({weights.data(), static_cast<size_t>(k) * type_info(type)->bytes, rows, k, of,
+                                    static_cast<size_t>(k) * sizeof(float), n, y.data(), rows});
+        return y;
+    };
+    const std::vector<float> expected = product(*scalar_kernels(), seen.data(), tokens);
+    const std::vector<float> found = product(checked, x.data(), tokens), alone = product(checked, x.data(), 1);
+    int64_t count = std::memcmp(alone.data(), found.data(), alone.size() * sizeof(float)) != 0;
+    for (size_t i = 0; i < found.size(); ++i) count += !(std::fabs(found[i] - expected[i]) <= 1e-5f * std::sqrt(float(k)));
     return count;
 }
 
@@ -104,12 +163,6 @@ int64_t cache_differences(const Kernels& checked, KvType type) {
     const KvKernels &kernels = checked.kv[static_cast<int>(type)], &scalar = scalar_kernels()->kv[static_cast<int>(type)];
     const int64_t dim = kKvUnit * any(1, 4), n = any(1, kKvBlock), n_q = any(1, 9), begin = kKvBlock * any(0, 3);
     const int64_t groups = n_q * dim / kKvGroup;
-    std::normal_distribution<float> normal;
-    const auto numbers = [&](int64_t count, float scale) {
-        std::vector<float> x(static_cast<size_t>(count));
-        for (float& value : x) value = scale * normal(random_bits);
-        return x;
-    };
     std::vector<uint8_t> keys(kv_head_bytes(type, dim)), values = keys, other_keys = keys, other_values = keys;
     for (int64_t j = 0; j < n; ++j) {
         const std::vector<float> x = numbers(dim, static_cast<float>(any(1, 50)));
@@ -141,15 +194,55 @@ int64_t cache_differences(const Kernels& checked, KvType type) {
     return count;
 }
 
+// Blocks of an FP16 cache, each with fewer visible tokens than the one before
+int64_t attention_differences(const Kernels& checked) {
+    const int64_t dim = 4 * any(1, 40), n_q = any(1, 9);
+    const std::vector<float> q = numbers(n_q * dim, 0.3f);
+    std::vector<float> results[2];
+    std::vector<float> top[2], sum[2];
+    for (const int i : {0, 1}) {
+        results[i].assign(static_cast<size_t>(n_q * dim), 0.0f);
+        top[i].assign(static_cast<size_t>(n_q), -INFINITY);
+        sum[i].assign(static_cast<size_t>(n_q), 0.0f);
+    }
+    for (int64_t n = any(40, kKvBlock); n > 0; n -= any(5, 30)) {
+        std::vector<uint16_t> keys(static_cast<size_t>(n * dim)), values = keys;
+        for (uint16_t& key : keys) key = float_to_half(numbers(1, 1.0f)[0]);
+        for (uint16_t& value : values) value = float_to_half(numbers(1, 1.0f)[0]);
+        for (const int i : {0, 1}) {
+            const Kernels& k = i == 0 ? checked : *scalar_kernels();
+            std::vector<float> scores(static_cast<size_t>(n_q * kKvBlock)), rescale(static_cast<size_t>(n_q));
+            k.attend_scores(q.data(), n_q, keys.data(), n, dim, scores.data(), kKvBlock, nullptr);
+            for (int64_t row = 0; row < n_q; ++row) {
+                const int64_t valid = n - row % n;
+                rescale[row] = k.softmax_block(&scores[row * kKvBlock], valid, n, &top[i][row], &sum[i][row]);
+            }
+            k.attend_values(scores.data(), kKvBlock, rescale.data(), n_q, values.data(), n, dim, results[i].data(), nullptr);
+        }
+    }
+    int64_t count = 0;
+    for (int64_t i = 0; i < n_q * dim; ++i) {
+        count += !(std::fabs(results[0][i] / sum[0][i / dim] - results[1][i] / sum[1][i / dim]) <= 1e-5f);
+    }
+    return count;
+}
+
 }  // namespace
 
-int main() {
-    const Kernels& checked = *QQ_CHECKED();
+int main(int argc, char** argv) {
+    if (argc < 2) {
+        for (const char* const* name = available_isas(); *name; ++name) std::printf("%s\n", *name);
+        return 0;
+    }
+    const Kernels& checked = *find_kernels(argv[1]);
     int64_t bad = 0, types = 0;
     for (uint32_t type = 0; type < kTypeCount; ++type) {
-        if (!checked.types[type].matmul_packed) continue;
+        const bool is_float = type == kF32 || type == kF16 || type == kBF16;
+        if (!is_float && !checked.types[type].matmul_packed) continue;
         int64_t count = 0;
-        for (int i = 0; i < 12; ++i) count += differences(checked, any_case(type));
+        for (int i = 0; i < 12; ++i) {
+            count += is_float ? float_differences(checked, type) : differences(checked, any_case(checked, type));
+        }
         if (count) std::printf("%s: %s: %ld products differ\n", checked.isa, type_info(type)->name, long(count));
         bad += count;
         ++types;
@@ -160,6 +253,10 @@ int main() {
         if (count) std::printf("%s: cache type %d: %ld numbers differ\n", checked.isa, int(type), long(count));
         bad += count;
     }
+    int64_t attention = 0;
+    for (int i = 0; i < 24; ++i) attention += attention_differences(checked);
+    if (attention) std::printf("%s: attention: %ld numbers differ\n", checked.isa, long(attention));
+    bad += attention;
     std::printf("%s: %ld types checked\n", checked.isa, long(types));
     return bad != 0 || types == 0;
 }

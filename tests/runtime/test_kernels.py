@@ -5,6 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
+from helpers.isas import as_bf16, rounds_to_bf16
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -68,6 +69,12 @@ def activations_as_int8(x: np.ndarray) -> np.ndarray:
     return (np.rint(blocks * inverse) * (largest / np.float32(127))).reshape(x.shape)
 
 
+def activations_as_seen(x: np.ndarray, tensor_type: str, isa: str) -> np.ndarray:
+    if rounds_to_bf16(tensor_type, isa):
+        return as_bf16(x)
+    return activations_as_int8(x) if tensor_type in INT8_TYPES else x
+
+
 def test_scalar_is_always_there() -> None:
     assert ISAS[0] == "scalar"
     assert set(TYPES) == {*FLOATS, *INT8_TYPES}
@@ -103,7 +110,7 @@ def test_matmul(tensor_type: str, isa: str, n_rows: int, k: int, n_tokens: int) 
     w = rng.standard_normal((n_rows, k)).astype(np.float32)
     x = rng.standard_normal((n_tokens, k)).astype(np.float32)
     stored, decoded = quantized(tensor_type, w)
-    seen = activations_as_int8(x) if tensor_type in INT8_TYPES else x
+    seen = activations_as_seen(x, tensor_type, isa)
     expected = seen.astype(np.float64) @ decoded.astype(np.float64).T
     y = _core.matmul(tensor_type, stored, n_rows, x, isa)
     np.testing.assert_allclose(y, expected, atol=2e-6 * k**0.5 * 4, rtol=1e-5)
@@ -177,7 +184,8 @@ def test_rows_of_any_length(tensor_type: str, k: int, isa: str) -> None:
     rng = np.random.default_rng(k)
     stored, decoded = quantized(tensor_type, rng.standard_normal((3, k)).astype(np.float32))
     x = rng.standard_normal((2, k)).astype(np.float32)
-    np.testing.assert_allclose(_core.matmul(tensor_type, stored, 3, x, isa), x @ decoded.T, atol=1e-5)
+    expected = activations_as_seen(x, tensor_type, isa) @ decoded.T
+    np.testing.assert_allclose(_core.matmul(tensor_type, stored, 3, x, isa), expected, atol=1e-5)
     np.testing.assert_array_equal(_core.dequantize(tensor_type, stored, 3 * k, isa), decoded.reshape(-1))
 
 

@@ -1,7 +1,7 @@
-// x86: the values of one block of a quantized cache; keys and what both share are in x86_kv.h.
+// The values of one block of a quantized cache, whatever the instruction set; keys and what both share are in lane_kv.h.
 #pragma once
 
-#include "x86_kv.h"
+#include "lane_kv.h"
 
 namespace qq {
 
@@ -17,21 +17,21 @@ struct ScaledCodes {
         constexpr int n = kKvBlock / kLanes;
         LaneFloats products[n];
         LaneInts top = zero_sums();  // compared as integers, NaN is larger than every number
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < n; ++v) {
             products[v] = multiply(load_lanes(probabilities + v * kLanes), load_lanes(token_scales + v * kLanes));
             top = larger_bits(top, products[v]);
         }
         const LaneFloats largest = largest_lane(top), inverse = to_shorts(largest);
         LaneInts sum = zero_sums();
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int v = 0; v < n; v += 2) {
             const LaneInts a = rounded(multiply(products[v], inverse)), b = rounded(multiply(products[v + 1], inverse));
             if (T == KvType::kInt4) sum = add_ints(sum, add_ints(a, b));
             store_shorts(codes + v * kLanes, a, b);
         }
         scale = first_lane(largest) * (1.0f / 32767.0f);  // NaN stays NaN
-        offset = T == KvType::kInt4 ? kInt4Middle * sum_lanes(eight_lanes(to_floats(sum))) : 0.0f;
+        offset = T == KvType::kInt4 ? kInt4Middle * total_of(to_floats(sum)) : 0.0f;
     }
 };
 
@@ -43,7 +43,7 @@ QQ_INLINE void add_value_columns(const ScaledCodes* scaled, const float* rescale
     const int16_t* x[Q];
     for (int i = 0; i < Q; ++i) x[i] = scaled[i].codes;
     LaneInts sums[Q * V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < Q * V; ++i) sums[i] = zero_sums();
     const uint8_t* tile = values.codes + d * lane_bytes(T);
     for (int64_t j = 0; j < n; j += tile_depth(T), tile += values.dim * lane_bytes(T)) {
@@ -52,7 +52,7 @@ QQ_INLINE void add_value_columns(const ScaledCodes* scaled, const float* rescale
 #pragma GCC unroll 8
     for (int i = 0; i < Q; ++i) {
         const LaneFloats before = lanes_of(rescale[i]), scale = lanes_of(scaled[i].scale);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < V; ++v) {
             float* out = acc + i * values.dim + d + v * kLanes;
             LaneFloats sum = to_floats(sums[i * V + v]);
