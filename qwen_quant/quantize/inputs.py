@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
+from qwen_quant.quantize import scratch
 from qwen_quant.quantize.ranks import each_on_its_rank
 
 TOKENS_AT_ONCE = 1024  # calibration tokens per forward pass: bounds activations beside the hidden states
@@ -29,8 +30,8 @@ OfBatch = Callable[[int, Tensor], Tensor | None]
 class Inputs:
     """What a stage's linears read, batch by batch: first for their moments, then, solved, for their outputs.
 
-    Kept in between, or computed a second time. Each batch belongs to one rank, the same in all stages. With `lack`,
-    inputs come with what it says they lack (targets.py).
+    Kept in between, where the batches lie (scratch.py), or computed a second time. Each batch belongs to one rank, the
+    same in all stages. With `lack`, inputs come with what it says they lack (targets.py).
     """
 
     def __init__(
@@ -49,14 +50,18 @@ class Inputs:
     def _first(self, number: int) -> tuple[Tensor, Tensor | None]:
         x = self._compute(self._batches[number])
         if self._keep:
-            self._kept[number] = x
-        return x, None if self._lack is None else self._lack(number, x)
+            self._kept[number] = scratch.beside(self._batches[number], x)
+        lack = None if self._lack is None else self._lack(number, x)
+        scratch.let_go(number)
+        return x, lack
 
     def outputs(self, function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         """What `function` makes of each batch; what was kept is let go."""
 
         def output(number: int) -> Tensor:
             kept = self._kept.pop(number, None)
-            return function(self._compute(self._batches[number]) if kept is None else kept)
+            made = function(self._compute(self._batches[number]) if kept is None else kept)
+            scratch.let_go(number)
+            return made
 
         return each_on_its_rank(output, range(len(self._batches)))

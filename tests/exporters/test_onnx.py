@@ -118,6 +118,9 @@ def decoded_products(folder: Path) -> dict[str, np.ndarray]:
     them."""
     model = onnx.load(graph_of(folder))
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node in model.graph.node:  # scales, which are stored in 16 bits
+        if node.op_type == "Cast" and node.input[0] in arrays:
+            arrays[node.output[0]] = arrays[node.input[0]].astype(np.float32)
     gathers = [node for node in model.graph.node if node.op_type == "Gather" and node.input[1] in arrays]
     orders = {node.output[0]: arrays[node.input[1]] for node in gathers}
     found = {}
