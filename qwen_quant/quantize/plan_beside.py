@@ -26,11 +26,11 @@ KEPT_ATTENTION, KEPT_MLP, KEPT_HIDDEN = 5, 6, 8
 HEAD = 1.5  # floats for each weight of the head while it is read
 # Copies of the stored weights that a runtime holds: our engine packed, and what it packs; onnxruntime of integers
 # packed, with their scales in FP32.
-ENGINE, PACKED = 1.2, 1.1
+ENGINE, PACKED = 1.2, 1.12
 FOLDED = 128 << 20  # what onnxruntime frees and keeps while it widens and turns floats, unless they are less
-GRAPH_LAYER = 1.5e6  # a layer's nodes and caches
+GRAPH_LAYER = 2.5e6  # a layer's nodes and caches
 LOGITS = 2.5  # of a window: the reference's, and a few rows of both and of their distributions
-CHECKER = 80 << 20  # what has come to the process when its check begins, and freed memory was given back
+CHECKER = 60 << 20  # what has come to the process when its check begins, and freed memory was given back
 
 
 def measuring(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) -> Stage:
@@ -98,7 +98,7 @@ def in_onnxruntime(spec: ModelSpec, tensors: list[StoredTensor], exact: bool, be
     )  # rotary tables and the angles that they are made of
     # Of floats one matrix is there twice for good (as rows and, packed, as the head), of integers while it is packed.
     held += max(FLOAT * largest(floats), min(FLOAT * _weights(floats), FOLDED))
-    packing = max((t.nbytes / t.count for t in integers), default=0)
+    packing = PACKED * max((t.nbytes / t.count for t in integers), default=0)
     widened = FLOAT * largest([t for t in integers if t.kind.startswith("int8")]) if exact else 0
     return held + max(packing, widened + beside)
 
