@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qwen_quant.checkpoint import Checkpoint
     from qwen_quant.grids.kv_layout import KVCacheSpec
     from qwen_quant.quantize.layer import LinearReport, QuantizedLayer
+    from qwen_quant.quantize.plan import Plan
     from qwen_quant.quantize.recipe import GridChoice, Recipe
     from qwen_quant.quantize.resume import LayerStore
 
@@ -88,16 +89,19 @@ def quantized_layers(
     grids: GridChoice,
     recipe: Recipe,
     store: LayerStore | None = None,
-    keep_activations: bool = True,
+    plan: Plan | None = None,
 ) -> tuple[Iterator[QuantizedLayer], dict[str, Any]]:
-    """The stream of quantized layers, not yet started, and the record that goes into the artifact."""
+    """The stream of quantized layers, not yet started, and the record that goes into the artifact. What `plan` has in
+    files lies beside the output, as `store` does."""
     from qwen_quant.quantize.stream import gptq_layers, plain_layers
 
     if not recipe.calibrate:
         return plain_layers(checkpoint, grids), recipe.record()
     windows, fingerprint = calibration_windows(checkpoint, recipe)
     record = recipe.record(fingerprint) | {"num_samples": len(windows)}
-    return gptq_layers(checkpoint, grids, windows, recipe, store, keep_activations), record
+    spill = store.folder.parent if store is not None and plan is not None and plan.spill else None
+    keep_activations = plan is None or plan.keep_activations
+    return gptq_layers(checkpoint, grids, windows, recipe, store, keep_activations, spill), record
 
 
 def calibration_windows(checkpoint: Checkpoint, recipe: Recipe) -> tuple[np.ndarray, str]:

@@ -34,18 +34,23 @@ def check_of(output: Path, checkpoint: Checkpoint, bits: int) -> Callable[[Path]
     return check
 
 
-def memory(checkpoint: Checkpoint, stored: list[StoredTensor], runtime: str) -> tuple[Stage, ...]:
-    """What the check of a file of `stored` tensors will need, with what runs it."""
+def memory(
+    checkpoint: Checkpoint, stored: list[StoredTensor], runtime: str, exact: bool = True
+) -> tuple[Stage, ...]:
+    """What the check of a file of `stored` tensors will need, with what runs it; `exact` where ONNX's integers are
+    multiplied at accuracy_level 0."""
     from qwen_quant.evaluate.selfcheck import WINDOW
+    from qwen_quant.evaluate.streamed import HEAD_ROWS
     from qwen_quant.quantize import plan_beside
 
-    nbytes = sum(tensor.nbytes for tensor in stored)
-    held = {
-        "onnx": plan_beside.held_by_onnxruntime(stored),
-        "gguf": plan_beside.ENGINE * nbytes,
-        "gptq": plan_beside.STREAMED * nbytes,
+    spec, nbytes = checkpoint.spec, sum(tensor.nbytes for tensor in stored)
+    beside = plan_beside.judging(spec, WINDOW, HEAD_ROWS)
+    running = {
+        "onnx": plan_beside.in_onnxruntime(spec, stored, exact, beside),
+        "gguf": plan_beside.ENGINE * nbytes + beside,
+        "gptq": 2 * beside,
     }
-    return (plan_beside.checking(checkpoint.spec, stored, WINDOW, held[runtime]),)
+    return (plan_beside.checking(spec, stored, running[runtime]),)
 
 
 def size_of(artifact: Path) -> int:

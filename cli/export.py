@@ -205,9 +205,7 @@ def run(options: ExportOptions) -> None:
         check = check_of(options.output, checkpoint, file.fewest_bits(checkpoint)) if options.verify else None
         layers, record = None, calibrating.stored_record(checkpoint)
         if recipe is not None:
-            layers, record = calibrating.quantized_layers(
-                checkpoint, file.grids, recipe, store, plan.keep_activations
-            )
+            layers, record = calibrating.quantized_layers(checkpoint, file.grids, recipe, store, plan)
             if chosen is not None:
                 record["expected_kld"] = chosen.expected_kld
         written = export_gguf(

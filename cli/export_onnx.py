@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qwen_quant.cli.export import ExportOptions
     from qwen_quant.exporters.onnx import Form, Written
     from qwen_quant.quantize.kv_ranges import ChannelScales
+    from qwen_quant.quantize.plan import Plan
 
 MEASURED_WINDOWS, MEASURED_TOKENS = 2, 128  # of calibration text, for the precision of each product
 
@@ -39,13 +40,13 @@ def run(options: ExportOptions) -> None:
     solving = grid is not None and checkpoint.quantization is None
     recipe = calibrating.recipe_of(options) if solving else None
     stored = stored_tensors(checkpoint, form)
-    after = memory(checkpoint, stored, "onnx") if options.verify else ()
+    after = memory(checkpoint, stored, "onnx", form.accuracy_level == "0") if options.verify else ()
     plan = planning.make_plan(checkpoint, stored, recipe, max_ram, after)
     if options.dry_run:
         grids = {choice.name: choice.grid for choice in form.choices(checkpoint).values() if choice.grid}
         planning.report(plan, options, grids.__getitem__, recipe)
         return
-    written, record = write(options, checkpoint, form, recipe, plan.keep_activations)
+    written, record = write(options, checkpoint, form, recipe, plan)
     report(checkpoint, options, written, record, remarks, began)
 
 
@@ -65,7 +66,7 @@ def form_of(options: ExportOptions) -> Form:
 
 
 def write(
-    options: ExportOptions, checkpoint: Checkpoint, form: Form, recipe: Any, keep_activations: bool
+    options: ExportOptions, checkpoint: Checkpoint, form: Form, recipe: Any, plan: Plan
 ) -> tuple[Written, dict[str, Any] | None]:
     """Write the folder; what was written, and the recipe of its integers."""
     from qwen_quant.exporters.onnx import export_onnx
@@ -78,7 +79,7 @@ def write(
         layers, record = None, calibrating.stored_record(checkpoint)
         if recipe is not None:
             layers, record = calibrating.quantized_layers(
-                checkpoint, form.grids(checkpoint), recipe, store, keep_activations
+                checkpoint, form.grids(checkpoint), recipe, store, plan
             )
         written = export_onnx(
             checkpoint,

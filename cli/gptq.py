@@ -102,9 +102,7 @@ def run(options: GPTQOptions) -> None:
         return
     kv_layout = calibrating.kv_layout(checkpoint, options)
     with calibrating.layer_store(options.output, options.resume) as store:
-        layers, record = calibrating.quantized_layers(
-            checkpoint, linear_grid(grid), recipe, store, plan.keep_activations
-        )
+        layers, record = calibrating.quantized_layers(checkpoint, linear_grid(grid), recipe, store, plan)
         written = export_gptq(
             checkpoint,
             layers,

@@ -51,11 +51,11 @@ def make_plan(
     base: float | None = None,
 ) -> Plan:
     """The plan of a run, lowered to fit `max_ram` bytes where that changes nothing in the result; `beside` is what it
-    does besides quantizing, `base` what the process held before, now by default.
+    does besides quantizing, `base` what the process held before, now by default. Many activations lie in files anyway.
 
     Raises ResourceError when it does not fit, CheckpointError or UsageError when the run would not begin.
     """
-    from qwen_quant.quantize.plan import fit, plan_run
+    from qwen_quant.quantize.plan import IN_MEMORY, can_spill, fit, plan_run
     from qwen_quant.quantize.speed import resident_bytes
     from qwen_quant.quantize.stream import pick_device, require_full_precision
 
@@ -64,6 +64,8 @@ def make_plan(
         pick_device(recipe.device)
     base = resident_bytes() if base is None else base
     plan = plan_run(checkpoint.spec, tensors, recipe, base, beside=beside)
+    if plan.hidden_states + plan.kept > IN_MEMORY and can_spill(recipe):
+        plan = plan_run(checkpoint.spec, tensors, recipe, base, beside=beside, spill=True)
     return plan if max_ram is None else fit(plan, checkpoint.spec, recipe, max_ram, str(checkpoint.folder))
 
 
@@ -111,7 +113,7 @@ def fields(plan: Plan, speed: Speed) -> dict[str, Any]:
         {
             "layer": layer.layer,
             "tensors": [_tensor_fields(tensor) for tensor in by_layer[layer.layer]],
-            "peak_rss_mb": (plan.peak - plan.worst.nbytes + layer.worst.nbytes) / 1e6,
+            "peak_rss_mb": plan.resident(layer.worst) / 1e6,
             "worst_stage": layer.worst.name,
             "seconds": sum(speed.seconds(layer.work).values()),
         }
@@ -127,6 +129,7 @@ def fields(plan: Plan, speed: Speed) -> dict[str, Any]:
         "worst_stage": plan.worst.name,
         "hidden_states_mb": plan.hidden_states / 1e6,
         "keep_activations": plan.keep_activations,
+        "spilled_mb": (plan.hidden_states + plan.kept) * plan.spill / 1e6,
         "seconds": sum(parts.values()),
         "seconds_of": parts,
     }
@@ -193,6 +196,8 @@ def print_summary(plan: Plan, speed: Speed, options: GPTQOptions | ExportOptions
     print(f"types: {', '.join(parts)}")
     again = "" if plan.keep_activations else ", activations computed twice to fit --max-ram"
     kept = f", of which hidden states {size(plan.hidden_states)}" if plan.hidden_states else ""
+    if plan.spill:
+        kept = f", activations of {size(plan.hidden_states + plan.kept)} in files beside the output"
     print(f"memory: about {size(plan.peak)} ({plan.worst.name}){kept}{again}")
     print(
         f"time: about {_duration(total)}, {max(seconds):.1f} s for a layer (an estimate for this machine while "

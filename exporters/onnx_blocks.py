@@ -1,6 +1,6 @@
 """GPTQ's integers as ONNX operators hold them: blocks along K of one size, each with a scale and a zero.
 
-MatMulNBits stores `B` uint8 [N, blocks, block * bits / 8] with the first code in the low bits, FP32 scales [N, blocks]
+MatMulNBits reads `B` uint8 [N, blocks, block * bits / 8] with the first code in the low bits, FP32 scales [N, blocks]
 and, packed like the codes, zeros [N, blocks]; without zeros they are 2^(bits - 1).
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 """

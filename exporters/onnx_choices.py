@@ -50,7 +50,7 @@ class Choice:
         bits, block = stored_bits(self.grid), block_size(self.grid, k)
         blocks = -(-k // block)
         zeros = 0 if self.grid.sym else -(-blocks * bits // 8)
-        return n * (blocks * (block * bits // 8 + 4) + zeros)
+        return n * (blocks * (block * bits // 8 + FLOAT_BYTES["F16"]) + zeros)
 
 
 def check_type(name: str, option: str = "--type") -> str:

@@ -54,7 +54,7 @@ class FusedOps(Ops):
     def integer_product(self, x: str, stem: str, blocks: Blocks, bias: str | None) -> str:
         graph, packed = self.graph, blocks.packed_codes()
         codes = graph.weight(f"{stem}.codes", "U8", packed.shape, [packed])
-        scales = graph.weight(f"{stem}.scales", "F32", blocks.scales.shape, [blocks.scales])
+        scales = self.scales(f"{stem}.scales", blocks.scales)
         zeros = "" if blocks.zeros is None else graph.array(f"{stem}.zeros", blocks.packed_zeros())
         return self._product(
             [x, codes, scales, zeros, "", bias or ""], blocks.shape, blocks.bits, blocks.block
@@ -74,7 +74,7 @@ class FusedOps(Ops):
             "GatherBlockQuantized",
             f"{name}.rows",
             tokens,
-            f"{name}.scales",
+            self.outer_scales(name),
             gather_axis=0,
             quantize_axis=1,
             block_size=grid.group_size,
@@ -83,7 +83,8 @@ class FusedOps(Ops):
 
     def integer_head(self, x: str, name: str) -> str:
         grid, (n, k) = self.outer_grid(name), self.weights.choices[name].info.shape
-        return self._product([x, f"{name}.codes", f"{name}.scales"], (n, k), grid.bits, grid.group_size)
+        inputs = [x, f"{name}.codes", self.outer_scales(name)]
+        return self._product(inputs, (n, k), grid.bits, grid.group_size)
 
     def store_outer(self, name: str) -> None:
         graph, grid = self.graph, self.outer_grid(name)
@@ -92,7 +93,7 @@ class FusedOps(Ops):
         parts = self.weights.outer(name, scales)
         shape = (n, k // grid.group_size, grid.group_size * grid.bits // 8)
         graph.weight(f"{name}.codes", "U8", shape, (part.packed_codes() for part in parts))
-        graph.weight(f"{name}.scales", "F32", shape[:2], scales)
+        self.store_outer_scales(name, scales)
         graph.alias(f"{name}.rows", f"{name}.codes", (n, k * grid.bits // 8))
 
     @cached_property

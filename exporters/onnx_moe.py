@@ -116,9 +116,9 @@ def integer_experts(graph: Graph, ops: Ops, moe: MoESpec, layer: int, x: str, lo
 
     count, size, hidden = moe.num_experts, moe.moe_intermediate_size, ops.spec.hidden_size
     wide = (one(expert, PROJECTIONS[:2]) for expert in range(count))
-    first = stacked(graph, f"{prefix}.gate_up_proj", (count, 2 * size, hidden), wide)
+    first = stacked(ops, f"{prefix}.gate_up_proj", (count, 2 * size, hidden), wide)
     tall = (one(expert, PROJECTIONS[2:]) for expert in range(count))
-    second = stacked(graph, f"{prefix}.down_proj", (count, hidden, size), tall)
+    second = stacked(ops, f"{prefix}.down_proj", (count, hidden, size), tall)
     inputs = [x, logits, first[0], first[1], "", second[0], second[1]]
     if first[2] or second[2]:
         inputs += ["", "", "", "", first[2], second[2]]
@@ -138,7 +138,7 @@ def paired(pair: Sequence[Blocks]) -> Blocks:
 
 
 def stacked(
-    graph: Graph, name: str, shape: tuple[int, int, int], experts: Iterator[Blocks]
+    ops: Ops, name: str, shape: tuple[int, int, int], experts: Iterator[Blocks]
 ) -> tuple[str, str, str]:
     """Codes, scales and zeros ("" where all are 8) of matrices [experts, N, K], written as they come."""
     count, n, k = shape
@@ -154,11 +154,11 @@ def stacked(
             zeros.append(blocks.packed_zeros())
             yield blocks.packed_codes()
 
-    stored = graph.weight(f"{name}.codes", "U8", (count, n, k // 2), codes())
-    scale = graph.weight(f"{name}.scales", "F32", (count, *scales[0].shape), scales)
+    stored = ops.graph.weight(f"{name}.codes", "U8", (count, n, k // 2), codes())
+    scale = ops.scales(f"{name}.scales", np.stack(scales))
     if plain:
         return stored, scale, ""
-    return stored, scale, graph.weight(f"{name}.zeros", "U8", (count, *zeros[0].shape), zeros)
+    return stored, scale, ops.graph.weight(f"{name}.zeros", "U8", (count, *zeros[0].shape), zeros)
 
 
 def one_by_one(graph: Graph, ops: Ops, moe: MoESpec, layer: int, x: str, logits: str) -> str:

@@ -46,6 +46,7 @@ class Ops(ABC):
         self.graph, self.weights, self.spec, self.cache = graph, weights, spec, cache
         self._orders: dict[tuple[str, bytes], str] = {}
         self._outer: list[str] = []  # embedding and head, as far as they are integers
+        self._outer_scales: dict[str, str] = {}
 
     @abstractmethod
     def norm(self, x: str, name: str) -> str:
@@ -114,6 +115,25 @@ class Ops(ABC):
     def widened(self, value: str, kind: str) -> str:
         """A value of float type `kind` as FP32."""
         return value if kind == "F32" else self.graph.add("Cast", value, to=TensorProto.FLOAT)
+
+    def scales(self, name: str, values: np.ndarray) -> str:
+        """Scales of blocks, float32, as FP32: stored in F16 where that is exact, as it is of GPTQ's."""
+        with np.errstate(over="ignore"):
+            halves = values.astype(np.float16)
+        if not np.array_equal(halves, values):
+            return self.graph.weight(name, "F32", values.shape, [values])
+        return self.widened(self.graph.weight(name, "F16", values.shape, [halves]), "F16")
+
+    def outer_scales(self, name: str) -> str:
+        """The FP32 scales of an embedding or head that is written later."""
+        if name not in self._outer_scales:
+            self._outer_scales[name] = self.widened(f"{name}.scales", "F16")
+        return self._outer_scales[name]
+
+    def store_outer_scales(self, name: str, parts: Sequence[np.ndarray]) -> None:
+        """Write them, which the quantizer has rounded to F16."""
+        shape = (sum(map(len, parts)), parts[0].shape[1])
+        self.graph.weight(f"{name}.scales", "F16", shape, (part.astype(np.float16) for part in parts))
 
     def add_bias(self, x: str, bias: str | None) -> str:
         """x + bias, where there is one."""

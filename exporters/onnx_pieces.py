@@ -26,13 +26,14 @@ def run_pieces(
     """
     give_back_memory()
     held = [dict(values) for values in feeds]
-    model = _needed(with_rows_apart(model)[0], wanted)
-    nodes = list(model.graph.node)
-    seconds, stop = 0.0, 0
-    for piece in _pieces(model):
-        stop += len(piece.graph.node)
-        later = {*wanted, *(name for node in nodes[stop:] for name in node.input if name)}
-        made = [name for node in piece.graph.node for name in node.output if name in later]
+    weights = Stored(with_rows_apart(model)[0])
+    rest = _needed(weights, wanted)
+    seconds = 0.0
+    for nodes in list(_pieces(weights, rest)):
+        rest = rest[len(nodes) :]
+        later = {*wanted, *(name for node in rest for name in node.input if name)}
+        made = [name for node in nodes for name in node.output if name in later]
+        piece = weights.model_of(nodes)
         taken = _add_inputs(piece, held[0])
         piece.graph.output.extend(onnx.ValueInfoProto(name=name) for name in made)
         try:
@@ -53,14 +54,48 @@ def run_pieces(
     return held, seconds
 
 
-def _needed(model: onnx.ModelProto, wanted: Sequence[str]) -> onnx.ModelProto:
-    """The model without the nodes that nothing `wanted` depends on."""
+class Stored:
+    """The weights of a model, with those that a Cast widens when they are loaded, and the nodes that compute."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._model = model
+        self.tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.widened = {
+            node.output[0]: node
+            for node in model.graph.node
+            if node.op_type == "Cast" and node.input[0] in self.tensors
+        }
+        self.nodes = [node for node in model.graph.node if node.output[0] not in self.widened]
+
+    def loaded_bytes(self, node: onnx.NodeProto) -> int:
+        """What a node's weights take in memory."""
+        stored = sum(_nbytes(self.tensors[name]) for name in set(node.input) & self.tensors.keys())
+        for name in set(node.input) & self.widened.keys():
+            stored += 3 * _nbytes(self.tensors[self.widened[name].input[0]])  # 16 bits, and 32
+        if node.op_type != "MatMulNBits":
+            return stored
+        to_floats = _attribute(node, "bits").i == 8 and _attribute(node, "accuracy_level").i == 0
+        return 4 * stored if to_floats else stored
+
+    def model_of(self, nodes: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
+        """Some nodes and their weights, as a model that lacks inputs and outputs."""
+        read = dict.fromkeys(name for node in nodes for name in node.input)
+        casts = [self.widened[name] for name in read if name in self.widened]
+        read |= dict.fromkeys(cast.input[0] for cast in casts)
+        used = [self.tensors[name] for name in read if name in self.tensors]
+        graph = helper.make_graph([*casts, *nodes], "piece", [], [], used)
+        model = self._model
+        return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+
+
+def _needed(weights: Stored, wanted: Sequence[str]) -> list[onnx.NodeProto]:
+    """The nodes that something `wanted` depends on."""
     names, kept = set(wanted), []
-    for node in reversed(model.graph.node):
+    for node in reversed(weights.nodes):
         if names & set(node.output):
             names |= set(node.input)
             kept.append(node)
-    return _with_nodes(model, kept[::-1])
+    return kept[::-1]
 
 
 def _with_nodes(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
@@ -77,16 +112,16 @@ def with_rows_apart(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, 
 
     At accuracy_level 0 onnxruntime widens 8-bit weights to FP32, and a head has as many as several layers.
     """
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    weights = Stored(model)
     nodes: list[onnx.NodeProto] = []
     tensors: list[onnx.TensorProto] = []
     names: dict[str, str] = {}
     for node in model.graph.node:
-        if node.op_type == "MatMulNBits" and _loaded_bytes(node, weights) > PIECE_BYTES:
+        if node.op_type == "MatMulNBits" and weights.loaded_bytes(node) > PIECE_BYTES:
             parts, cut = _cut_rows(node, weights)
             nodes += parts
             tensors += cut
-            names |= {part.name: node.name for part in parts[:-1]}
+            names |= {part.name: node.name for part in parts if part.op_type == node.op_type}
         else:
             nodes.append(node)
             names |= {node.name: node.name} if node.op_type == "MatMulNBits" else {}
@@ -95,13 +130,11 @@ def with_rows_apart(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, 
     return found, names
 
 
-def _cut_rows(
-    node: onnx.NodeProto, weights: dict[str, onnx.TensorProto]
-) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+def _cut_rows(node: onnx.NodeProto, weights: Stored) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
     """A MatMulNBits as products with some rows of its weights each, then what puts their columns together."""
     rows = _attribute(node, "N").i
-    step = -(-rows // -(-_loaded_bytes(node, weights) // PIECE_BYTES))
-    nodes, tensors = [], []
+    step = -(-rows // -(-weights.loaded_bytes(node) // PIECE_BYTES))
+    nodes, tensors, together = [], [], []
     for start in range(0, rows, step):
         part, stop = onnx.NodeProto(), min(start + step, rows)
         part.CopyFrom(node)
@@ -109,10 +142,16 @@ def _cut_rows(
         _attribute(part, "N").i = stop - start
         for index, name in enumerate(node.input):
             if index and name:
-                part.input[index] = f"{name}.{start}"
-                tensors.append(_rows_of(weights[name], part.input[index], start, stop, rows))
+                part.input[index] = stored = f"{name}.{start}:{stop}"
+                if name in weights.widened:
+                    cast = onnx.NodeProto()
+                    cast.CopyFrom(weights.widened[name])
+                    name, stored = cast.input[0], f"{cast.input[0]}.{start}:{stop}"
+                    cast.name, cast.input[0], cast.output[0] = stored, stored, part.input[index]
+                    nodes.append(cast)
+                tensors.append(_rows_of(weights.tensors[name], stored, start, stop, rows))
         nodes.append(part)
-    together = [part.output[0] for part in nodes]
+        together.append(part.output[0])
     nodes.append(helper.make_node("Concat", together, list(node.output), f"{node.name}.concat", axis=-1))
     return nodes, tensors
 
@@ -135,28 +174,18 @@ def _rows_of(tensor: onnx.TensorProto, name: str, start: int, stop: int, rows: i
     return part
 
 
-def _pieces(model: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
-    """The nodes in turn with their weights, as models that lack inputs and outputs."""
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    nodes: list[onnx.NodeProto] = []
+def _pieces(weights: Stored, nodes: Sequence[onnx.NodeProto]) -> Iterator[list[onnx.NodeProto]]:
+    """The nodes in turn, as many together as have weights of PIECE_BYTES."""
+    piece: list[onnx.NodeProto] = []
     size = 0
-    for node in model.graph.node:
-        own = _loaded_bytes(node, weights)
-        if nodes and size + own > PIECE_BYTES:
-            yield _model_of(model, nodes, weights)
-            nodes, size = [], 0
-        nodes.append(node)
+    for node in nodes:
+        own = weights.loaded_bytes(node)
+        if piece and size + own > PIECE_BYTES:
+            yield piece
+            piece, size = [], 0
+        piece.append(node)
         size += own
-    yield _model_of(model, nodes, weights)
-
-
-def _loaded_bytes(node: onnx.NodeProto, weights: dict[str, onnx.TensorProto]) -> int:
-    """What a node's weights take in memory."""
-    stored = sum(_nbytes(weights[name]) for name in set(node.input) & weights.keys())
-    if node.op_type != "MatMulNBits":
-        return stored
-    widened = _attribute(node, "bits").i == 8 and _attribute(node, "accuracy_level").i == 0
-    return 4 * stored if widened else stored
+    yield piece
 
 
 def _attribute(node: onnx.NodeProto, name: str) -> onnx.AttributeProto:
@@ -166,14 +195,6 @@ def _attribute(node: onnx.NodeProto, name: str) -> onnx.AttributeProto:
 def _nbytes(tensor: onnx.TensorProto) -> int:
     """Bytes in the external file, where tensors of any size lie."""
     return sum(int(entry.value) for entry in tensor.external_data if entry.key == "length")
-
-
-def _model_of(
-    model: onnx.ModelProto, nodes: list[onnx.NodeProto], weights: dict[str, onnx.TensorProto]
-) -> onnx.ModelProto:
-    used = [name for name in dict.fromkeys(i for node in nodes for i in node.input) if name in weights]
-    graph = helper.make_graph(nodes, "piece", [], [], [weights[name] for name in used])
-    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
 
 
 def _add_inputs(piece: onnx.ModelProto, values: Values) -> list[str]:

@@ -69,7 +69,7 @@ class StandardOps(Ops):
         stored = elements(blocks.codes.T, blocks, signed)
         inputs = [
             graph.weight(f"{stem}.codes", kind, (k, n), [stored]),
-            graph.weight(f"{stem}.scales", "F32", blocks.scales.T.shape, [blocks.scales.T]),
+            self.scales(f"{stem}.scales", blocks.scales.T),
         ]
         if blocks.zeros is not None:
             zeros = elements(blocks.zeros.T, blocks, signed)
@@ -79,12 +79,14 @@ class StandardOps(Ops):
 
     def integer_rows(self, tokens: str, name: str) -> str:
         graph, block = self.graph, self.outer_grid(name).group_size
-        rows, factors = (graph.add("Gather", f"{name}.{part}", tokens) for part in ("codes", "scales"))
+        rows, factors = (
+            graph.add("Gather", values, tokens) for values in (f"{name}.codes", self.outer_scales(name))
+        )
         return graph.add("DequantizeLinear", rows, factors, axis=2, block_size=block)
 
     def integer_head(self, x: str, name: str) -> str:
         graph, block = self.graph, self.outer_grid(name).group_size
-        stored = f"{name}.codes", f"{name}.scales"
+        stored = f"{name}.codes", self.outer_scales(name)
         weight = graph.add("DequantizeLinear", *stored, axis=1, block_size=block)
         return graph.add("MatMul", x, graph.add("Transpose", weight, perm=[1, 0]))
 
@@ -93,7 +95,7 @@ class StandardOps(Ops):
         scales: list[np.ndarray] = []
         parts = self.weights.outer(name, scales)
         graph.weight(f"{name}.codes", "I8", (n, k), (elements(part.codes, part, True) for part in parts))
-        graph.weight(f"{name}.scales", "F32", (n, k // self.outer_grid(name).group_size), scales)
+        self.store_outer_scales(name, scales)
 
     def attention(self, step: Step, layer: int, qkv: Sequence[str]) -> str:
         graph, spec = self.graph, self.spec

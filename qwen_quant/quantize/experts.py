@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qwen_quant.model.mlp import MLP, SparseMLP
 from qwen_quant.moe import MoESpec
+from qwen_quant.quantize import scratch
 from qwen_quant.quantize.calibration import Calibration
 
 # An expert is cold below this many tokens for each input: up to one token its Hessian is certainly singular, and
@@ -58,6 +59,7 @@ class ExpertInputs:
     def _inputs(self) -> Iterator[Tensor]:
         for part in self._parts:
             yield self._norm(part).flatten(0, -2)
+            scratch.let_go()
 
     def _routed(
         self, experts: range, parts: Sequence[int] | None = None
@@ -71,6 +73,7 @@ class ExpertInputs:
                 rows, ranks = torch.where(chosen == expert)
                 if len(rows):
                     yield number, expert, self._norm(hidden[rows]), rows, weights[rows, ranks]
+            scratch.let_go()
 
     def _expert(self, index: int) -> MLP:
         module = self.block.experts[index]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qwen_quant.quantize import scratch
 from qwen_quant.quantize.ranks import each_on_its_rank
 
 TOKENS_AT_ONCE = 512  # calibration tokens per forward pass: bounds activations beside the hidden states
@@ -47,6 +48,10 @@ class Narrow:
         one = torch.ones_like(largest)
         return cls((x * torch.ldexp(one, -exponent)).half(), torch.ldexp(one, exponent))
 
+    def beside(self, hidden: Tensor) -> Narrow:
+        """The same, where `hidden` lies (scratch.py)."""
+        return Narrow(scratch.beside(hidden, self.values), self.unit)
+
     def wide(self) -> Tensor:
         return self.values.float().mul_(self.unit)
 
@@ -54,9 +59,9 @@ class Narrow:
 class Inputs:
     """What a stage's linears read, batch by batch: first for their moments, then, solved, for their outputs.
 
-    Kept in between, or computed a second time; outputs see them `narrow` in both cases, unless that is not wanted.
-    Each batch belongs to one rank, the same in all stages. With `lack`, inputs come with what it says they lack
-    (targets.py).
+    Kept in between, where the batches lie (scratch.py), or computed a second time; outputs see them `narrow` in both
+    cases, unless that is not wanted. Each batch belongs to one rank, the same in all stages. With `lack`, inputs come
+    with what it says they lack (targets.py).
     """
 
     def __init__(
@@ -77,8 +82,10 @@ class Inputs:
     def _first(self, number: int) -> tuple[Tensor, Tensor | None]:
         x = self._compute(self._batches[number])
         if self._keep:
-            self._kept[number] = Narrow.of(x)
-        return x, None if self._lack is None else self._lack(number, x)
+            self._kept[number] = Narrow.of(x).beside(self._batches[number])
+        lack = None if self._lack is None else self._lack(number, x)
+        scratch.let_go(number)
+        return x, lack
 
     def outputs(self, function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         """What `function` makes of each batch; what was kept is let go."""
@@ -87,6 +94,8 @@ class Inputs:
             if not self._narrow:
                 return function(self._compute(self._batches[number]))
             kept = self._kept.pop(number, None)
-            return function((kept or Narrow.of(self._compute(self._batches[number]))).wide())
+            made = function((kept or Narrow.of(self._compute(self._batches[number]))).wide())
+            scratch.let_go(number)
+            return made
 
         return each_on_its_rank(output, range(len(self._batches)))

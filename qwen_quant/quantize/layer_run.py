@@ -15,6 +15,7 @@ from torch import Tensor
 from qwen_quant.errors import CalibrationError
 from qwen_quant.model.mlp import MLP, SparseMLP
 from qwen_quant.moe import PROJECTIONS
+from qwen_quant.quantize import scratch
 from qwen_quant.quantize.calibration import Calibration
 from qwen_quant.quantize.experts import ExpertInputs, groups_of_experts, shrunk
 from qwen_quant.quantize.gptq import solve, solve_stack
@@ -69,11 +70,12 @@ class LayerRun(LayerWeights):
         else:
             gated = self._solve_mlp(layer.mlp, names.mlp, batches, self.keep_activations, reference)
             _add(batches, gated.outputs(layer.mlp.down_proj))
-        for states in (hidden, exact):
-            if states is not None and not torch.isfinite(states.sum()):
+        for batch in (*batches, *(() if exact is None else batches_of(exact))):
+            if not torch.isfinite(batch.sum()):
                 raise CalibrationError(
                     f"{self.prefix[:-1]}: outputs are not finite; the checkpoint is broken"
                 )
+            scratch.let_go()
         self.watch.lap("calibrate")
         return self.result
 
@@ -285,3 +287,4 @@ class LayerRun(LayerWeights):
 def _add(batches: tuple[Tensor, ...], outputs: Iterable[Tensor]) -> None:
     for part, output in zip(batches, outputs, strict=True):
         part += output
+        scratch.let_go()

@@ -31,9 +31,9 @@ from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.spec import ModelSpec
 
-# What the process adds to what it has at the time of the plan: tokenizer, calibration text, buffers of BLAS, and
-# freed memory that malloc keeps.
-OVERHEAD = 300 << 20
+# Activations up to this size are kept in memory, more of them in files (scratch.py): reading those takes hardly any
+# time, for the system holds in memory what there is room for.
+IN_MEMORY = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Plan:
     base: float
     keep_activations: bool = True
     hidden_states: float = 0
+    kept: float = 0  # of a layer's activations
+    spill: bool = False  # whether hidden states and what is kept lie in files
     beside: tuple[Stage, ...] = ()
 
     @property
@@ -57,7 +59,7 @@ class Plan:
     @property
     def worst(self) -> Stage:
         stages = (self.outer, *self.beside, *(layer.worst for layer in self.layers))
-        return max(stages, key=lambda stage: stage.nbytes)
+        return max(stages, key=self.resident)
 
     @property
     def peak(self) -> float:
@@ -66,7 +68,7 @@ class Plan:
 
     def resident(self, stage: Stage) -> float:
         """Resident memory at `stage`, bytes."""
-        return self.base + OVERHEAD + stage.nbytes
+        return self.base + stage.overhead + stage.nbytes
 
     @property
     def work(self) -> Work:
@@ -80,8 +82,10 @@ def plan_run(
     base: float = 0.0,
     keep_activations: bool = True,
     beside: tuple[Stage, ...] = (),
+    spill: bool = False,
 ) -> Plan:
-    """The plan of a run that writes `tensors`; without a `recipe` nothing is quantized, only copied."""
+    """The plan of a run that writes `tensors`; without a `recipe` nothing is quantized, only copied. With `spill`
+    hidden states and what is kept lie in files."""
     by_layer: dict[int, list[StoredTensor]] = {}
     for tensor in tensors:
         by_layer.setdefault(tensor.info.layer, []).append(tensor)
@@ -89,22 +93,32 @@ def plan_run(
     for layer in range(spec.num_hidden_layers):
         mine = by_layer[layer]
         if recipe is not None and recipe.calibrate:
-            layers.append(CalibratedLayer(spec, layer, mine, recipe, keep_activations).plan())
+            layers.append(CalibratedLayer(spec, layer, mine, recipe, keep_activations, spill).plan())
         else:
             layers.append(copied_layer(layer, mine))
     tokens = recipe.num_samples * recipe.seq_len if recipe is not None and recipe.calibrate else 0
     exact = exact_tokens(recipe) if recipe is not None and recipe.calibrate else 0
     outer = by_layer[-1]
+    hidden = FLOAT * (tokens + exact) * spec.hidden_size
+    dense = any(not spec.is_sparse(layer) for layer in range(spec.num_hidden_layers))
+    kept = FLOAT * tokens * max(spec.q_size, spec.intermediate_size if dense else 0)
     return Plan(
         tuple(tensors),
         tuple(layers),
-        _outer_stage(spec, outer, tokens, exact),
+        _outer_stage(spec, outer, tokens, exact, 0 if spill else hidden),
         _outer_work(spec, outer, tokens, exact),
         base,
         keep_activations,
-        FLOAT * (tokens + exact) * spec.hidden_size,
+        hidden,
+        kept if keep_activations else 0,
+        spill,
         beside,
     )
+
+
+def can_spill(recipe: Recipe | None) -> bool:
+    """Whether hidden states can lie in files: where the CPU calibrates."""
+    return recipe is not None and recipe.calibrate and recipe.device == "cpu"
 
 
 def fit(plan: Plan, spec: ModelSpec, recipe: Recipe | None, max_ram: int, model: str) -> Plan:
@@ -119,8 +133,8 @@ def fit(plan: Plan, spec: ModelSpec, recipe: Recipe | None, max_ram: int, model:
 
     def with_samples(count: int) -> Plan:
         assert recipe is not None
-        less = replace(recipe, num_samples=count)
-        return plan_run(spec, list(plan.tensors), less, plan.base, keep_activations=False, beside=plan.beside)
+        less, files = replace(recipe, num_samples=count), can_spill(recipe)
+        return plan_run(spec, list(plan.tensors), less, plan.base, files, plan.beside, files)
 
     calibrated = recipe is not None and recipe.calibrate
     if recipe is not None and calibrated:
@@ -148,17 +162,18 @@ def size(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.0f} MB"
 
 
-def _outer_stage(spec: ModelSpec, tensors: list[StoredTensor], tokens: int, exact: int) -> Stage:
-    """Embedding the calibration tokens (each distinct row twice), solving embedding and head in pieces, or copying
-    them so; `exact` tokens pass in full precision too."""
-    rows = min(tokens, spec.vocab_size)
-    embedding = FLOAT * spec.hidden_size * (tokens + exact + 2 * rows) + 4 * PIECE if tokens else 0
+def _outer_stage(
+    spec: ModelSpec, tensors: list[StoredTensor], tokens: int, exact: int, hidden: float
+) -> Stage:
+    """Embedding the calibration tokens, solving embedding and head in pieces, or copying them so; `exact` tokens pass
+    in full precision too, and `hidden` bytes of them are in memory."""
+    embedding = hidden + 4 * PIECE if tokens else 0
     floats = max(PLAIN if tensor.quantized else 3 for tensor in tensors)
     copying = FLOAT * floats * min(PIECE // 2, largest(tensors))
     stages = [Stage("embedding", embedding), Stage("writing embedding and head", copying)]
     if tokens:
         solved = [tensor for tensor in tensors if tensor.quantized]
-        held = FLOAT * (tokens + exact) * spec.hidden_size + CODE * sum(tensor.weights for tensor in solved)
+        held = hidden + CODE * sum(tensor.weights for tensor in solved)
         piece = min(PIECE // 2 // spec.hidden_size, spec.vocab_size)
         aiming = FLOAT * spec.hidden_size * (piece + spec.hidden_size) if exact else 0
         need = held + max((solve_bytes(1, piece, spec.hidden_size) + aiming for _ in solved), default=0)

@@ -3,8 +3,8 @@
 a budget, gradients   hidden states of G tokens at every layer, all weights of a layer (experts too), and what its
                       backward pass keeps of B tokens; or the head [vocab, H], as it is read and in FP32
 a budget, losses      a layer as it is quantized, with the few windows that are measured
-the check of a file   logits of the reference [tokens, vocab], with all weights of a layer; then the file as
-                      onnxruntime holds it, or twice when the precision of its products is chosen
+the check of a file   all weights of a layer; then the file as its runtime holds it, with logits of the reference
+                      [tokens, vocab]; less than elsewhere that no formula counts
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from qwen_quant.spec import ModelSpec
 # Floats for each output of a token's projections that the backward pass of a layer keeps or makes.
 KEPT_ATTENTION, KEPT_MLP, KEPT_HIDDEN = 5, 6, 8
 HEAD = 1.5  # floats for each weight of the head while it is read
-# Copies of the stored weights that a runtime holds at most: onnxruntime as stored, in FP32 or as they lie, and packed,
-# or 4-bit ones packed, and a few as stored; our engine packed, and what it packs; the reference model none, it reads a
-# GPTQ checkpoint layer by layer.
-ONNXRUNTIME, ENGINE, STREAMED = 3.0, 1.2, 0.0
-PACKED_INT4 = 1.5
-LOGITS = 6  # of a window: of both, and their distributions
+# Copies of the stored weights that a runtime holds: our engine packed, and what it packs; onnxruntime of integers
+# packed, with their scales in FP32.
+ENGINE, PACKED = 1.2, 1.12
+FOLDED = 128 << 20  # what onnxruntime frees and keeps while it widens and turns floats, unless they are less
+GRAPH_LAYER = 2.5e6  # a layer's nodes and caches
+LOGITS = 2.5  # of a window: the reference's, and a few rows of both and of their distributions
+CHECKER = 60 << 20  # what has come to the process when its check begins, and freed memory was given back
 
 
 def measuring(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) -> Stage:
@@ -43,7 +44,7 @@ def measuring(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) -> S
 
 def _floats(tensors: list[StoredTensor]) -> float:
     """Bytes of a layer in FP32, and of its largest tensor as it is read."""
-    return FLOAT * (sum(tensor.weights for tensor in tensors) + largest(tensors))
+    return FLOAT * (_weights(tensors) + largest(tensors))
 
 
 def _piece(tensors: list[StoredTensor]) -> float:
@@ -86,25 +87,45 @@ def _losses(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) -> Ite
     yield Stage("embedding and head", 2 * hidden + _piece(tensors) + FLOAT * 6 * spec.hidden_size**2)
 
 
-def held_by_onnxruntime(tensors: list[StoredTensor]) -> float:
-    """Bytes that onnxruntime holds of a graph with these weights."""
-    return sum((PACKED_INT4 if t.kind.startswith("int4") else ONNXRUNTIME) * t.nbytes for t in tensors)
+def in_onnxruntime(spec: ModelSpec, tensors: list[StoredTensor], exact: bool, beside: float) -> float:
+    """Bytes that onnxruntime holds at most of a graph with these weights, while it loads them or runs with `beside`
+    bytes of other things; `exact` where integers are multiplied at accuracy_level 0."""
+    integers, floats = ([t for t in tensors if t.kind.startswith("int") is kind] for kind in (True, False))
+    held = PACKED * sum(t.nbytes for t in integers) + FLOAT * _weights(floats)
+    held += GRAPH_LAYER * spec.num_hidden_layers
+    held += (
+        2 * FLOAT * spec.plain_context * spec.head_dim
+    )  # rotary tables and the angles that they are made of
+    # Of floats one matrix is there twice for good (as rows and, packed, as the head), of integers while it is packed.
+    held += max(FLOAT * largest(floats), min(FLOAT * _weights(floats), FOLDED))
+    packing = PACKED * max((t.nbytes / t.count for t in integers), default=0)
+    widened = FLOAT * largest([t for t in integers if t.kind.startswith("int8")]) if exact else 0
+    return held + max(packing, widened + beside)
 
 
-def checking(spec: ModelSpec, tensors: list[StoredTensor], tokens: int, held: float) -> Stage:
-    """The check of what was written on windows of `tokens`: the reference model runs layer by layer, of experts a few
-    at a time, then window by window its head, beside the runtime, which has `held` bytes of weights."""
+def _weights(tensors: list[StoredTensor]) -> int:
+    return sum(tensor.weights for tensor in tensors)
+
+
+def judging(spec: ModelSpec, tokens: int, rows: int) -> float:
+    """Bytes that the check needs beside a runtime: logits of `tokens`, and `rows` of the reference's head."""
+    return FLOAT * (LOGITS * tokens * spec.vocab_size + 2 * rows * spec.hidden_size)
+
+
+def checking(spec: ModelSpec, tensors: list[StoredTensor], running: float) -> Stage:
+    """The check of what was written: the reference model runs layer by layer, of experts a few at a time, then its
+    head beside the runtime, which takes `running` bytes."""
     resident = [
         tensor for tensor in tensors if tensor.info.layer >= 0 and ".experts." not in tensor.info.name
     ]
     layers = [[t for t in resident if t.info.layer == layer] for layer in range(spec.num_hidden_layers)]
-    reference = max(map(_floats, layers))
+    reference = max(_piece(tensors), *map(_floats, layers))
     if spec.moe is not None:
         together = len(next(groups_of_experts(spec.moe, spec.hidden_size)))
         reference += FLOAT * together * 3 * spec.moe.moe_intermediate_size * spec.hidden_size
-    running = held + LOGITS * FLOAT * tokens * spec.vocab_size + _piece(tensors)
     return Stage(
         "checking what was written",
         max(reference, running),
         "give more, or leave it out with --no-verify",
+        CHECKER + _piece(tensors) / 3,
     )

@@ -10,6 +10,7 @@ intermediate size; E problems of W [N, K] share a solve.
                       layer runs, its weights twice and the activations of B tokens twice
     attention         contexts T·q_size in FP16, unless they are computed again; activations of B tokens
     MLP               gated activations T·F in FP16, unless they are computed again; activations of B tokens
+                      (neither hidden states nor these where they lie in files, scratch.py)
     a shared input    its Hessian K²
     experts           their outputs T·H; weights and Hessians of those that are solved together
     solver            max(E·N·K + 2·E·K², 2·E·N·K + 6·P + E·K²): the Hessian in the solver's order and its factor,
@@ -38,6 +39,9 @@ from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.quantize.targets import half_of
 from qwen_quant.spec import ModelSpec
 
+# What the process adds to what it has at the time of the plan: tokenizer, calibration text, buffers of BLAS, and
+# freed memory that malloc keeps.
+OVERHEAD = 300 << 20
 FLOAT = 4
 NARROW = 2  # bytes of an activation that is kept
 CODE = 1.07  # bytes of a code and its share of the scales, as the quantizer holds them
@@ -65,12 +69,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Stage:
-    """A point in the run at which memory peaks, `nbytes` above what the process began with; `remedy` is what avoids
-    it, where it is no part of quantizing itself."""
+    """A point in the run at which memory peaks, `nbytes` above what the process began with, and `overhead` that no
+    formula counts; `remedy` is what avoids it, where it is no part of quantizing itself."""
 
     name: str
     nbytes: float
     remedy: str = ""
+    overhead: float = OVERHEAD
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ class CalibratedLayer:
     tensors: list[StoredTensor]
     recipe: Recipe
     keep_activations: bool
+    spill: bool = False  # hidden states and what is kept lie in files
 
     def plan(self) -> LayerPlan:
         worst = max(self._stages(), key=lambda stage: stage.nbytes)
@@ -139,6 +145,10 @@ class CalibratedLayer:
         return min(self.tokens, max(self.recipe.seq_len, limit))
 
     @property
+    def _holds_activations(self) -> bool:
+        return self.keep_activations and not self.spill
+
+    @property
     def moe(self) -> MoESpec | None:
         return self.spec.moe if self.spec.is_sparse(self.layer) else None
 
@@ -147,10 +157,10 @@ class CalibratedLayer:
         hidden_size, q, qkv = spec.hidden_size, spec.q_size, spec.q_size + 2 * spec.kv_size
         # An expert's name holds its number, a stack of experts in GGUF's does not; both have `.experts.`.
         resident = [t for t in self.tensors if ".experts." not in t.info.name]
-        hidden = FLOAT * (tokens + exact_tokens(self.recipe)) * hidden_size
+        hidden = 0 if self.spill else FLOAT * (tokens + exact_tokens(self.recipe)) * hidden_size
         twice = 2 if self.recipe.correct_targets else 1
         held = hidden + FLOAT * _weights(resident)
-        contexts = NARROW * tokens * q if self.keep_activations else 0
+        contexts = NARROW * tokens * q if self._holds_activations else 0
         activations = twice * FLOAT * at_once * (ATTENTION_FLOATS * qkv + 3 * hidden_size)
         originals = FLOAT * (twice - 1) * qkv * hidden_size
         solved = CODE * (qkv * hidden_size)
@@ -163,7 +173,7 @@ class CalibratedLayer:
         if self.moe is None:
             aimed = self.recipe.correct_targets
             held -= FLOAT * (qkv + q) * hidden_size
-            yield from self._mlp("", held + solved, spec.intermediate_size, self.keep_activations, aimed)
+            yield from self._mlp("", held + solved, spec.intermediate_size, self._holds_activations, aimed)
         else:
             routes = tokens * self.moe.num_experts_per_tok * 12
             held += FLOAT * tokens * hidden_size + routes

@@ -21,6 +21,7 @@ import numpy as np
 from qwen_quant.errors import CalibrationError
 from qwen_quant.files import atomic_file
 from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales
+from qwen_quant.quantize import scratch
 from qwen_quant.quantize.layer import LinearReport, QuantizedLayer
 from qwen_quant.safetensors import Planned, SafetensorsFile, SafetensorsWriter, storage_dtype
 
@@ -41,9 +42,13 @@ def fingerprint(
     for name, value in weights:
         digest.update(name.encode())
         digest.update(value.data)
+    inputs = hashlib.sha256()
+    for part in hidden:
+        inputs.update(part.cpu().numpy().data)
+        scratch.let_go()
     return {
         RECIPE: hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest(),
-        INPUTS: hashlib.sha256(hidden.cpu().numpy().data).hexdigest(),
+        INPUTS: inputs.hexdigest(),
         WEIGHTS: digest.hexdigest(),
     }
 

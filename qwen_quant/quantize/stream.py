@@ -18,6 +18,7 @@ from qwen_quant.errors import CalibrationError, CheckpointError, UsageError
 from qwen_quant.grids.base import AffineGrid
 from qwen_quant.model import new_rotary
 from qwen_quant.progress import progress
+from qwen_quant.quantize import scratch
 from qwen_quant.quantize.calibration import fast_matmul
 from qwen_quant.quantize.layer import QuantizedLayer
 from qwen_quant.quantize.layer_run import LayerRun
@@ -72,27 +73,34 @@ def gptq_layers(
     recipe: Recipe,
     store: LayerStore | None = None,
     keep_activations: bool = True,
+    spill: Path | None = None,
 ) -> Iterator[QuantizedLayer]:
     """Solve every chosen linear of every decoder layer with GPTQ, calibrated on windows [samples, seq_len]; then
     what is chosen outside the layers, if anything is.
 
     Finished layers are kept in `store`, and taken from it when it has them: the result is the same to the bit. So
     it is without `keep_activations`, where attention and SwiGLU are computed twice instead of being kept for all
-    windows.
-    Raises CalibrationError when `store` belongs to another run, or when activations are not finite.
+    windows, and with `spill`, a folder in which hidden states and activations lie in files (scratch.py).
+    Raises ResourceError when they do not fit there, CalibrationError when `store` belongs to another run, or when
+    activations are not finite.
     """
     require_full_precision(checkpoint)
     chosen = {info.name: grid for info in checkpoint.spec.tensors() if (grid := grids(info)) is not None}
-    with joined(_follow, checkpoint.folder, chosen, windows, recipe, keep_activations):
-        yield from _layers(checkpoint, grids, windows, recipe, store, keep_activations)
+    with joined(_follow, checkpoint.folder, chosen, windows, recipe, keep_activations, spill):
+        yield from _layers(checkpoint, grids, windows, recipe, store, keep_activations, spill)
 
 
 def _follow(
-    folder: Path, grids: Mapping[str, AffineGrid], windows: np.ndarray, recipe: Recipe, keep_activations: bool
+    folder: Path,
+    grids: Mapping[str, AffineGrid],
+    windows: np.ndarray,
+    recipe: Recipe,
+    keep_activations: bool,
+    spill: Path | None,
 ) -> None:
     """The part of a rank that writes nothing."""
     layers = _layers(
-        Checkpoint(folder), lambda info: grids.get(info.name), windows, recipe, None, keep_activations
+        Checkpoint(folder), lambda info: grids.get(info.name), windows, recipe, None, keep_activations, spill
     )
     for layer in layers:
         layer.tensors.clear()
@@ -105,14 +113,15 @@ def _layers(
     recipe: Recipe,
     store: LayerStore | None,
     keep_activations: bool,
+    spill: Path | None,
 ) -> Iterator[QuantizedLayer]:
     """`gptq_layers` as each rank walks through them; `store` is known to the first one only."""
     spec = checkpoint.spec
     device = pick_device(recipe.device)
-    hidden = embedded(checkpoint, windows).to(device)  # [samples, seq, hidden]
+    hidden = embedded(checkpoint, windows, spill).to(device)  # [samples, seq, hidden]
     exact = None  # the first of them in full precision
     if recipe.correct_targets:
-        exact = hidden[: half_of(len(windows))].clone()
+        exact = scratch.copy(hidden[: half_of(len(windows))], spill)
     table = new_rotary(spec).to(device)(0, windows.shape[1])
 
     def solved(index: int) -> QuantizedLayer:
@@ -192,13 +201,19 @@ def _stored_or_solved_outer(
     return result
 
 
-def embedded(checkpoint: Checkpoint, windows: np.ndarray) -> Tensor:
-    """Embeddings [samples, seq, hidden] float32 of token windows."""
+def embedded(checkpoint: Checkpoint, windows: np.ndarray, spill: Path | None = None) -> Tensor:
+    """Embeddings [samples, seq, hidden] float32 of token windows; in a file in the folder `spill`, if one is given."""
     if windows.max() >= checkpoint.spec.vocab_size:
         raise CalibrationError(
             f"{checkpoint.folder}: the tokenizer gives id {windows.max()}, beyond vocab_size "
             f"{checkpoint.spec.vocab_size}; tokenizer and weights do not belong together"
         )
-    used, where = np.unique(windows, return_inverse=True)
-    rows = checkpoint.source.read_rows(f"{checkpoint.spec.names.embedding}.weight", used)
-    return torch.from_numpy(rows[where.reshape(windows.shape)])
+    found = scratch.empty((*windows.shape, checkpoint.spec.hidden_size), spill)
+    first = 0  # of the rows at hand
+    for rows in checkpoint.source.chunks(f"{checkpoint.spec.names.embedding}.weight"):
+        for into, tokens in zip(found, windows, strict=True):
+            here = np.flatnonzero((tokens >= first) & (tokens < first + len(rows)))
+            into[torch.from_numpy(here)] = torch.from_numpy(rows[tokens[here] - first])
+            scratch.let_go()
+        first += len(rows)
+    return found

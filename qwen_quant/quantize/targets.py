@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from qwen_quant.model import DecoderLayer, new_layer
 from qwen_quant.model.mlp import MLP
+from qwen_quant.quantize import scratch
 from qwen_quant.quantize.inputs import OfBatch, batches_of
 from qwen_quant.quantize.ranks import each_on_its_rank
 from qwen_quant.spec import ModelSpec
@@ -146,7 +147,9 @@ class Reference:
             self._layer.get_submodule(name).to("meta")
         found = each_on_its_rank(lambda number: self._batches[number], range(len(self._batches)))
         for batch, carried in zip(self._batches, found, strict=True):
-            batch.copy_(carried)
+            if carried is not batch:
+                batch.copy_(carried)
+                scratch.let_go()
 
 
 def _alike(spec: ModelSpec, index: int, layer: DecoderLayer) -> DecoderLayer:

@@ -28,6 +28,13 @@ def test_json_of_one_measurement_holds_numbers(cli: Callable, gguf_file: Path) -
     assert found["equal_tokens"] >= 15
 
 
+def test_an_onnx_folder(cli: Callable, reference: Path, tmp_path: Path) -> None:
+    line = ["export", reference, "--format", "onnx", "--type", "F16", "--no-verify", "-o", tmp_path / "out"]
+    assert cli(*line).code == 0
+    found = cli("bench", tmp_path / "out", *FAST, "-t", "1", "--json").json
+    assert found["pp_tok_s"] > 0 and found["tg_tok_s"] > 0 and found["n_threads"] == 1
+
+
 def test_json_of_several_holds_lists(cli: Callable, gguf_file: Path) -> None:
     found = cli("bench", gguf_file, *FAST, "-d", "0,30", "-t", "1,2", "--json", "--no-check").json
     assert found["n_threads"] == [1, 1, 2, 2]

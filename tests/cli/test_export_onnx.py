@@ -40,6 +40,20 @@ def test_from_full_precision(cli: Callable, make_model: Callable, tmp_path: Path
     assert [path.name for path in (target / "onnx").glob("*.onnx")] == ["model_fp16.onnx"]
 
 
+@pytest.mark.parametrize("options", [["--type", "F16"], ["--type", "F32", "--opset", "23"]])
+def test_graphs_of_floats_are_evaluated(
+    options: list[str], cli: Callable, make_model: Callable, tmp_path: Path
+) -> None:
+    folder, target = make_model(), tmp_path / "out"
+    assert cli("export", folder, "-o", target, "--format", "onnx", "--no-verify", *options).code == 0
+    assert cli("eval", target, "--reference", folder, *MEASURE).json["kld_mean"] < 1e-4
+    texts = [
+        cli("run", path, "-p", "Hello", "-n", 5, "--raw", "--json").json["tokens"]
+        for path in (folder, target)
+    ]
+    assert texts[0] == texts[1]
+
+
 def test_from_gptq(cli: Callable, make_model: Callable, tmp_path: Path) -> None:
     folder, gptq, target = make_model(), tmp_path / "gptq", tmp_path / "out"
     assert cli("gptq", folder, "-o", gptq, "--group-size", "32", *CALIBRATION).code == 0

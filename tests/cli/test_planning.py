@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.cli.planning import parse_ram
+from qwen_quant.evaluate import selfcheck
 from qwen_quant.exporters.gptq import stored_tensors
 from qwen_quant.grids import IntGrid
-from qwen_quant.quantize import speed
+from qwen_quant.quantize import plan, speed, stream
 from qwen_quant.quantize.plan import plan_run
 from qwen_quant.quantize.plan_beside import measuring
 from qwen_quant.quantize.recipe import Recipe
@@ -114,7 +115,10 @@ def test_measuring_losses_counts(cli: Callable, make_model: Callable, tmp_path: 
 
 
 @pytest.mark.parametrize("form", [["gptq"], ["export"], ["export", "--format", "onnx", "--type", "int4"]])
-def test_the_check_counts(form: list[str], cli: Callable, make_model: Callable, tmp_path: Path) -> None:
+def test_the_check_counts(
+    form: list[str], cli: Callable, make_model: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selfcheck, "WINDOW", 1000)  # whose logits take more than all else of so small a model
     model = make_model(vocab_size=100_000)
     line = [form[0], model, "-o", tmp_path / "out", *form[1:], "--num-samples", "1", "--seq-len", "64"]
     line += ["--group-size", "32"] if form != ["export"] else ["--type", "Q4_0"]
@@ -134,3 +138,30 @@ def test_measuring_never_needs_less(samples: int, seq_len: int, more: int, refer
     recipe = Recipe(num_samples=samples, seq_len=seq_len)
     need = measuring(checkpoint.spec, tensors, recipe).nbytes
     assert measuring(checkpoint.spec, tensors, replace(recipe, num_samples=samples + more)).nbytes >= need
+
+
+def test_many_activations_lie_in_files(
+    cli: Callable, make_model: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["export", make_model(), "-o", tmp_path / "out", "--type", "Q4_0", "--no-verify", "--json"]
+    line += ["--num-samples", "64", "--seq-len", "256"]
+    few = cli(*line, "--dry-run").json
+    assert few["spilled_mb"] == 0
+    monkeypatch.setattr(plan, "IN_MEMORY", 1 << 20)
+    many = cli(*line, "--dry-run").json
+    assert many["spilled_mb"] > few["hidden_states_mb"]
+    assert "in files beside the output" in cli(*[word for word in line if word != "--json"], "--dry-run").out
+    spilled: list[object] = []
+    monkeypatch.setattr(stream, "_layers", lambda *arguments: spilled.append(arguments[-1]) or iter(()))
+    cli(*line)
+    assert spilled == [tmp_path]
+
+
+def test_little_memory_puts_activations_into_files(reference: Path) -> None:
+    spec, recipe = Checkpoint(reference).spec, Recipe()
+    whole = plan_run(spec, stored_tensors(Checkpoint(reference), IntGrid(4, 128)), recipe)
+    less = plan.fit(whole, spec, recipe, int(whole.peak) - 1, "model")
+    assert less.spill and less.keep_activations and less.peak < whole.peak - whole.hidden_states / 2
+    on_device = replace(recipe, device="cuda")
+    less = plan.fit(whole, spec, on_device, int(whole.peak) - 1, "model")
+    assert not less.spill and not less.keep_activations

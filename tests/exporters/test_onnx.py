@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from helpers.onnx_graph import OnnxGraph, graph_of
@@ -34,6 +35,9 @@ from qwen_quant.errors import FormatError, UsageError
 from qwen_quant.evaluate.selfcheck import self_check
 from qwen_quant.exporters.onnx import Form, export_onnx, notes
 from qwen_quant.exporters.onnx_blocks import to_blocks
+from qwen_quant.exporters.onnx_fused import FusedOps
+from qwen_quant.exporters.onnx_graph import Graph, WeightFile
+from qwen_quant.exporters.onnx_weights import Weights
 from qwen_quant.grids import IntGrid
 from qwen_quant.model import load_model
 from qwen_quant.quantize.layer import QuantizedLayer
@@ -118,6 +122,9 @@ def decoded_products(folder: Path) -> dict[str, np.ndarray]:
     them."""
     model = onnx.load(graph_of(folder))
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node in model.graph.node:  # scales, which are stored in 16 bits
+        if node.op_type == "Cast" and node.input[0] in arrays:
+            arrays[node.output[0]] = arrays[node.input[0]].astype(np.float32)
     gathers = [node for node in model.graph.node if node.op_type == "Gather" and node.input[1] in arrays]
     orders = {node.output[0]: arrays[node.input[1]] for node in gathers}
     found = {}
@@ -138,6 +145,40 @@ def decoded_products(folder: Path) -> dict[str, np.ndarray]:
             weights = weights[:, np.argsort(orders[inputs[0]])]
         found[inputs[1].removesuffix(".codes")] = weights
     return found
+
+
+@pytest.mark.parametrize("family", [{}, QWEN3_MOE], ids=["dense", "experts"])
+@pytest.mark.parametrize("opset", [None, 23])
+def test_scales_take_two_bytes_and_no_time(
+    make_model: Make, tmp_path: Path, opset: int | None, family: Any
+) -> None:
+    """onnxruntime widens them when it loads the graph; those that are no FP16 numbers stay FP32."""
+    checkpoint = write_gptq(make_model(**family), tmp_path / "gptq", bits=4, group_size=32)
+    export_onnx(checkpoint, tmp_path / "out", Form(opset=opset))
+    stored = onnx.load(graph_of(tmp_path / "out"), load_external_data=False).graph.initializer
+    kinds = {tensor.data_type for tensor in stored if tensor.name.endswith(".scales")}
+    assert kinds == {onnx.TensorProto.FLOAT16}
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(graph_of(tmp_path / "out"), options, providers=["CPUExecutionProvider"])
+    loaded = onnx.load(tmp_path / "loaded.onnx", load_external_data=False).graph
+    names = {tensor.name for tensor in loaded.initializer}
+    products = [node for node in loaded.node if node.op_type in ("MatMulNBits", "QMoE")]
+    assert products and all(node.input[2] in names for node in products)
+    assert not any(node.op_type == "Cast" and node.input[0] in names for node in loaded.node)
+
+
+def test_scales_that_are_no_halves(make_model: Make, tmp_path: Path) -> None:
+    with WeightFile(tmp_path / "data") as data:
+        graph = Graph(data, 21)
+        checkpoint = make_model()
+        ops = FusedOps(graph, Weights(checkpoint, {}), checkpoint.spec)
+        exact, fine, large = (
+            ops.scales(name, np.float32([[value]]))
+            for name, value in (("exact", 2**-14), ("fine", 1 + 2**-11), ("large", 1e6))
+        )
+        assert (fine, large) == ("fine", "large") and exact != "exact"
 
 
 def unpacked(data: np.ndarray, bits: int) -> np.ndarray:

@@ -1,0 +1,94 @@
+"""Activations in files: the system keeps their pages in what memory is free, and writes them out where there is none.
+
+The hidden states of all calibration windows, and what attention and SwiGLU made of them, are the one part of a run
+that grows with its calibration. They are read and written a batch at a time, front to back, so that nothing is lost by
+letting go of a batch's pages after each: they stay in the system's page cache. The files have no names and go with
+their tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qwen_quant.errors import ResourceError
+from qwen_quant.quantize.heap import give_back_memory
+
+BATCHES = 8  # after which freed memory is given back; after each it would cost a tenth of their time
+
+
+class _Mapped(mmap.mmap):
+    """A file without a name, of this folder."""
+
+    folder: Path
+
+
+_maps: weakref.WeakValueDictionary[int, _Mapped] = (
+    weakref.WeakValueDictionary()
+)  # by where they begin in memory
+
+
+def empty(shape: Sequence[int], folder: Path | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor of any values: in memory, or in a file in `folder`.
+
+    Raises ResourceError when the file does not fit there.
+    """
+    size = dtype.itemsize * math.prod(shape)
+    if folder is None or not size:
+        return torch.empty(tuple(shape), dtype=dtype)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            _reserve(file.fileno(), size)
+            mapped = _Mapped(file.fileno(), size)
+    except OSError as error:
+        raise ResourceError(
+            f"{folder}: activations of {size / 1e9:.2f} GB do not fit there ({error.strerror or error}); choose "
+            "another disk with -o, or lower --num-samples"
+        ) from None
+    mapped.folder = folder
+    tensor = torch.frombuffer(mapped, dtype=dtype)
+    _maps[tensor.data_ptr()] = mapped
+    return tensor.view(tuple(shape))
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the room on the disk at once: a page that finds none later would end the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.truncate(descriptor, size)
+
+
+def copy(x: Tensor, folder: Path | None) -> Tensor:
+    """A copy of `x` on its device; on the CPU in a file in `folder`, where one is given."""
+    if folder is None:
+        return x.clone()
+    found = empty(x.shape, folder, x.dtype)
+    for into, part in zip(found, x, strict=True):
+        into.copy_(part)
+        let_go()
+    return found
+
+
+def beside(hidden: Tensor, x: Tensor) -> Tensor:
+    """`x`, or a copy of it in a file where `hidden` lies in one."""
+    mapped = _maps.get(hidden.untyped_storage().data_ptr())
+    return x if mapped is None else copy(x, mapped.folder)
+
+
+def let_go(batch: int = 1) -> None:
+    """No page of any file counts as memory of this process, until it is touched again; and, from time to time by the
+    number of a `batch`, nothing that was freed, of which the C library holds more after each."""
+    for mapped in list(_maps.values()):
+        mapped.madvise(mmap.MADV_DONTNEED)
+    if _maps and batch % BATCHES == 0:
+        give_back_memory()
