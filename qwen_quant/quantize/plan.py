@@ -12,6 +12,7 @@ from qwen_quant.errors import ResourceError
 from qwen_quant.quantize.plan_layer import (
     CODE,
     FLOAT,
+    NARROW,
     PIECE,
     PLAIN,
     CalibratedLayer,
@@ -101,7 +102,7 @@ def plan_run(
     outer = by_layer[-1]
     hidden = FLOAT * (tokens + exact) * spec.hidden_size
     dense = any(not spec.is_sparse(layer) for layer in range(spec.num_hidden_layers))
-    kept = FLOAT * tokens * max(spec.q_size, spec.intermediate_size if dense else 0)
+    kept = NARROW * tokens * max(spec.q_size, spec.intermediate_size if dense else 0)
     return Plan(
         tuple(tensors),
         tuple(layers),

@@ -158,7 +158,7 @@ def test_many_activations_lie_in_files(
 
 
 def test_little_memory_puts_activations_into_files(reference: Path) -> None:
-    spec, recipe = Checkpoint(reference).spec, Recipe()
+    spec, recipe = Checkpoint(reference).spec, Recipe(num_samples=512)
     whole = plan_run(spec, stored_tensors(Checkpoint(reference), IntGrid(4, 128)), recipe)
     less = plan.fit(whole, spec, recipe, int(whole.peak) - 1, "model")
     assert less.spill and less.keep_activations and less.peak < whole.peak - whole.hidden_states / 2
