@@ -45,10 +45,15 @@ class Row:
         return self.kld / self.peer_kld
 
 
-def run(command: list[str | Path]) -> str:
-    """What a command prints. Exits with its last lines when it fails."""
+def run(command: list[str | Path], folder: Path | None = None) -> str:
+    """What a command prints, run in `folder`. Exits with its last lines when it fails."""
     done = subprocess.run(
-        [str(part) for part in command], env=ENVIRONMENT, capture_output=True, text=True, errors="replace"
+        [str(part) for part in command],
+        env=ENVIRONMENT,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        errors="replace",
     )
     if done.returncode:
         sys.exit(f"{(done.stdout + done.stderr)[-3000:]}\n{command[0]} failed")
@@ -147,6 +152,7 @@ def compare_int4(options: argparse.Namespace, folder: Path) -> list[dict[str, ob
     """Int4 in groups of 128 beside the peers' defaults."""
     from qwen_quant.checkpoint import resolve_model
 
+    model = resolve_model(options.model).resolve()
     windows, mine = folder / "windows.npy", folder / "ours"
     np.save(windows, sampled_windows(options.model, options.samples, CTX))
     ours(
@@ -166,7 +172,7 @@ def compare_int4(options: argparse.Namespace, folder: Path) -> list[dict[str, ob
     print("|---|---:|---:|")
     for name, python in options.peer:
         output = folder / name
-        run(peer_command(name, python, resolve_model(options.model), windows, output, options.peer_dtype))
+        run(peer_command(name, python, model, windows, output, options.peer_dtype), folder)
         peer_kld = kld_by_eval(checkpoint_in(output), options)
         print(f"| {name} | {peer_kld:.5f} | {kld / peer_kld:.2f} |", flush=True)
         rows.append(
