@@ -32,8 +32,8 @@ from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.spec import ModelSpec
 
-# Activations up to this size are kept in memory, more of them in files (scratch.py): reading those takes hardly any
-# time, for the system holds in memory what there is room for.
+# Activations up to this size are kept in memory, more of them in files (scratch.py), which takes a few percent of the
+# time: the system holds of them what there is room for.
 IN_MEMORY = 512 << 20
 
 

@@ -24,12 +24,12 @@ from qwen_quant.spec import ModelSpec
 # Floats for each output of a token's projections that the backward pass of a layer keeps or makes.
 KEPT_ATTENTION, KEPT_MLP, KEPT_HIDDEN = 5, 6, 8
 HEAD = 1.5  # floats for each weight of the head while it is read
-# Copies of the stored weights that a runtime holds: our engine packed, and what it packs; onnxruntime of integers
-# packed, with their scales in FP32.
-ENGINE, PACKED = 1.2, 1.12
+# Copies of the stored weights that a runtime holds: our engine packed, and what it packs; onnxruntime packed, with FP32
+# scales, which are more of 4-bit blocks.
+ENGINE, PACKED_4BIT, PACKED_8BIT = 1.2, 1.12, 1.02
 FOLDED = 128 << 20  # what onnxruntime frees and keeps while it widens and turns floats, unless they are less
 GRAPH_LAYER = 2.5e6  # a layer's nodes and caches
-LOGITS = 2.5  # of a window: the reference's, and a few rows of both and of their distributions
+LOGITS = 3.2  # of a window: the reference's, and a few rows of both and of their distributions
 CHECKER = 60 << 20  # what has come to the process when its check begins, and freed memory was given back
 
 
@@ -91,14 +91,15 @@ def in_onnxruntime(spec: ModelSpec, tensors: list[StoredTensor], exact: bool, be
     """Bytes that onnxruntime holds at most of a graph with these weights, while it loads them or runs with `beside`
     bytes of other things; `exact` where integers are multiplied at accuracy_level 0."""
     integers, floats = ([t for t in tensors if t.kind.startswith("int") is kind] for kind in (True, False))
-    held = PACKED * sum(t.nbytes for t in integers) + FLOAT * _weights(floats)
+    packed = [(PACKED_8BIT if t.kind.startswith("int8") else PACKED_4BIT) * t.nbytes for t in integers]
+    held = sum(packed) + FLOAT * _weights(floats)
     held += GRAPH_LAYER * spec.num_hidden_layers
     held += (
         2 * FLOAT * spec.plain_context * spec.head_dim
     )  # rotary tables and the angles that they are made of
     # Of floats one matrix is there twice for good (as rows and, packed, as the head), of integers while it is packed.
     held += max(FLOAT * largest(floats), min(FLOAT * _weights(floats), FOLDED))
-    packing = PACKED * max((t.nbytes / t.count for t in integers), default=0)
+    packing = max((size / t.count for t, size in zip(integers, packed, strict=True)), default=0)
     widened = FLOAT * largest([t for t in integers if t.kind.startswith("int8")]) if exact else 0
     return held + max(packing, widened + beside)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from qwen_quant.errors import ResourceError
 from qwen_quant.quantize.heap import give_back_memory
 
-BATCHES = 8  # after which freed memory is given back; after each it would cost a tenth of their time
+BATCHES = 8  # after which freed memory is given back: after each it would cost more time
 
 
 class _Mapped(mmap.mmap):
