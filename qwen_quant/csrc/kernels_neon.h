@@ -1,5 +1,5 @@
 // The NEON kernels. Included by one file per instruction set, which sets QQ_ISA_NAME and is compiled with that set's
-// flags: packed weights and attention here, everything else as the compiler vectorizes the scalar kernels.
+// flags: packed weights, attention and exponentials here, everything else as the compiler vectorizes the scalar kernels.
 #pragma once
 
 #include "neon_attention.h"
@@ -24,6 +24,7 @@ Kernels make_table() {
     k.isa = QQ_ISA_NAME;
     k.lanes = kLanes;
     add_packed_kernels(k);
+    k.swiglu = swiglu;
     k.attend_scores = attend_scores;
     k.softmax_block = softmax_block;
     k.attend_values = attend_values;

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "neon_lanes.h"
+#include "neon_elementwise.h"
 
 namespace qq {
 
@@ -14,19 +14,6 @@ template <int N>
 QQ_INLINE void store_sums(const LaneFloats (&x)[N], float* sums) {
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) sums[i] = vaddvq_f32(x[i]);
-}
-
-// exp(x) as x86_elementwise.h has it
-inline LaneFloats exp4(LaneFloats x) {
-    x = vminq_f32(vdupq_n_f32(88.0f), vmaxq_f32(vdupq_n_f32(-87.3f), x));  // both hand NaN on
-    const LaneFloats n = vrndnq_f32(vmulq_f32(x, vdupq_n_f32(1.44269504f)));
-    LaneFloats r = vfmsq_f32(x, n, vdupq_n_f32(0.693359375f));
-    r = vfmsq_f32(r, n, vdupq_n_f32(-2.12194440e-4f));
-    LaneFloats p = vdupq_n_f32(1.0f / 5040);
-    constexpr float kTaylor[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-    for (const float c : kTaylor) p = vfmaq_f32(vdupq_n_f32(c), p, r);
-    const int32x4_t exponent = vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23);
-    return vmulq_f32(p, vreinterpretq_f32_s32(exponent));
 }
 
 float softmax_block(float* scores, int64_t valid, int64_t n, float* running_max, float* running_sum) {

@@ -1,5 +1,5 @@
-// Every product of the instruction set that is named against the scalar kernels, over blocks of any bytes, and its
-// attention: exit code 0 if all agree. Without a name it prints those that the CPU can run. For CPUs that this machine is
+// Every product of the instruction set that is named against the scalar kernels, over blocks of any bytes, its
+// attention and SwiGLU: exit code 0 if all agree. Without a name it prints those that the CPU can run. For CPUs that this machine is
 // not: see test_neon.py and test_avx512.py.
 #include <algorithm>
 #include <cmath>
@@ -227,6 +227,18 @@ int64_t attention_differences(const Kernels& checked) {
     return count;
 }
 
+int64_t swiglu_differences(const Kernels& checked) {
+    const int64_t n = any(1, 100);
+    std::vector<float> gate = numbers(n, 20.0f), expected = gate;
+    gate[0] = expected[0] = random_bits() % 2 ? 1e30f : -1e30f;
+    const std::vector<float> up = numbers(n, 1.0f);
+    checked.swiglu(gate.data(), up.data(), n);
+    scalar_kernels()->swiglu(expected.data(), up.data(), n);
+    int64_t count = 0;
+    for (int64_t i = 0; i < n; ++i) count += !(std::fabs(gate[i] - expected[i]) <= 1e-6f * std::fabs(expected[i]) + 1e-7f);
+    return count;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -254,9 +266,14 @@ int main(int argc, char** argv) {
         bad += count;
     }
     int64_t attention = 0;
-    for (int i = 0; i < 24; ++i) attention += attention_differences(checked);
+    int64_t swiglu = 0;
+    for (int i = 0; i < 24; ++i) {
+        attention += attention_differences(checked);
+        swiglu += swiglu_differences(checked);
+    }
     if (attention) std::printf("%s: attention: %ld numbers differ\n", checked.isa, long(attention));
-    bad += attention;
+    if (swiglu) std::printf("%s: SwiGLU: %ld numbers differ\n", checked.isa, long(swiglu));
+    bad += attention + swiglu;
     std::printf("%s: %ld types checked\n", checked.isa, long(types));
     return bad != 0 || types == 0;
 }
