@@ -22,11 +22,13 @@ std::vector<AttentionUnit> token_groups(const std::vector<Part>& parts) {
 }  // namespace
 
 std::vector<AttentionUnit> attention_work(const std::vector<Part>& parts, int64_t n_kv_heads, int n_threads) {
-    // Of fewer pieces than this for each thread, one may be left over for which the others wait too long.
+    // Of fewer pieces than this for each thread, one may be left over for which the others wait too long. As many for
+    // each are fair as they are: a head in one piece reads ahead.
     constexpr int64_t kEnough = 4;
     const std::vector<AttentionUnit> groups = token_groups(parts);
     const int64_t n_groups = static_cast<int64_t>(groups.size());
-    const bool split = n_threads > 1 && n_groups * n_kv_heads < kEnough * n_threads;
+    const int64_t pieces = n_groups * n_kv_heads;
+    const bool split = pieces % n_threads != 0 && pieces < kEnough * n_threads;
     std::vector<AttentionUnit> units;
     for (int64_t i = 0; i < n_groups; ++i) {
         // Later tokens see more positions: in turns from both ends, every stretch of the list holds the same mix.
