@@ -13,7 +13,7 @@ from qwen_quant.errors import CalibrationError
 from qwen_quant.quantize.ranks import each_on_its_rank, own_part
 
 LARGEST = 1e17  # activation whose square can be summed over thousands of tokens
-BLOCK = 256  # rows of a matrix of moments that are summed at once
+BLOCK = 512  # rows of a matrix of moments that are summed at once
 
 
 @contextlib.contextmanager

@@ -80,6 +80,7 @@ class Inputs:
         return each_on_its_rank(self._first, range(len(self._batches)))
 
     def _first(self, number: int) -> tuple[Tensor, Tensor | None]:
+        scratch.fetch(self._batches[number])
         x = self._compute(self._batches[number])
         if self._keep:
             self._kept[number] = Narrow.of(x).beside(self._batches[number])
@@ -91,11 +92,10 @@ class Inputs:
         """What `function` makes of each batch; what was kept is let go."""
 
         def output(number: int) -> Tensor:
+            scratch.fetch(self._batches[number])
             if not self._narrow:
                 return function(self._compute(self._batches[number]))
             kept = self._kept.pop(number, None)
-            made = function((kept or Narrow.of(self._compute(self._batches[number]))).wide())
-            scratch.let_go(number)
-            return made
+            return function((kept or Narrow.of(self._compute(self._batches[number]))).wide())
 
         return each_on_its_rank(output, range(len(self._batches)))

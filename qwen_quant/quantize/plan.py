@@ -32,9 +32,9 @@ from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.spec import ModelSpec
 
-# Activations up to this size are kept in memory, more of them in files (scratch.py), which takes a few percent of the
+# Activations up to this size are kept in memory, more of them in files (scratch.py), which takes hardly more
 # time: the system holds of them what there is room for.
-IN_MEMORY = 512 << 20
+IN_MEMORY = 128 << 20
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ their tensors.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import os
@@ -22,6 +23,7 @@ from torch import Tensor
 from qwen_quant.errors import ResourceError
 from qwen_quant.quantize.heap import give_back_memory
 
+POPULATE_WRITE = 23  # of madvise, which the module mmap does not name
 BATCHES = 8  # after which freed memory is given back: after each it would cost more time
 
 
@@ -83,6 +85,17 @@ def beside(hidden: Tensor, x: Tensor) -> Tensor:
     """`x`, or a copy of it in a file where `hidden` lies in one."""
     mapped = _maps.get(hidden.untyped_storage().data_ptr())
     return x if mapped is None else copy(x, mapped.folder)
+
+
+def fetch(batch: Tensor) -> None:
+    """Map all pages of a batch at once, where it lies in a file: to find them missing one by one takes longer."""
+    mapped = _maps.get(batch.untyped_storage().data_ptr())
+    if mapped is None:
+        return
+    begin = batch.data_ptr() - batch.untyped_storage().data_ptr()
+    first = begin - begin % mmap.PAGESIZE
+    with contextlib.suppress(OSError):  # before Linux 5.14
+        mapped.madvise(POPULATE_WRITE, first, begin + batch.numel() * batch.element_size() - first)
 
 
 def let_go(batch: int = 1) -> None:
