@@ -92,7 +92,7 @@ class Inputs:
         """What `function` makes of each batch; what was kept is let go."""
 
         def output(number: int) -> Tensor:
-            scratch.fetch(self._batches[number])
+            scratch.fetch(self._batches[number], to_write=True)
             if not self._narrow:
                 return function(self._compute(self._batches[number]))
             kept = self._kept.pop(number, None)

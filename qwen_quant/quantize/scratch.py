@@ -23,7 +23,7 @@ from torch import Tensor
 from qwen_quant.errors import ResourceError
 from qwen_quant.quantize.heap import give_back_memory
 
-POPULATE_WRITE = 23  # of madvise, which the module mmap does not name
+POPULATE_READ, POPULATE_WRITE = 22, 23  # of madvise, which the module mmap does not name
 BATCHES = 8  # after which freed memory is given back: after each it would cost more time
 
 
@@ -87,15 +87,20 @@ def beside(hidden: Tensor, x: Tensor) -> Tensor:
     return x if mapped is None else copy(x, mapped.folder)
 
 
-def fetch(batch: Tensor) -> None:
-    """Map all pages of a batch at once, where it lies in a file: to find them missing one by one takes longer."""
+def fetch(batch: Tensor, to_write: bool = False) -> None:
+    """Map all pages of a batch at once, where it lies in a file: to find them missing one by one takes longer. Pages
+    that are mapped `to_write` will be written to the disk."""
     mapped = _maps.get(batch.untyped_storage().data_ptr())
     if mapped is None:
         return
     begin = batch.data_ptr() - batch.untyped_storage().data_ptr()
     first = begin - begin % mmap.PAGESIZE
     with contextlib.suppress(OSError):  # before Linux 5.14
-        mapped.madvise(POPULATE_WRITE, first, begin + batch.numel() * batch.element_size() - first)
+        mapped.madvise(
+            POPULATE_WRITE if to_write else POPULATE_READ,
+            first,
+            begin + batch.numel() * batch.element_size() - first,
+        )
 
 
 def let_go(batch: int = 1) -> None:

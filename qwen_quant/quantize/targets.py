@@ -31,9 +31,9 @@ from qwen_quant.spec import ModelSpec
 
 Batches = tuple[Tensor, ...]
 Table = tuple[Tensor, Tensor]
-# Λ as a share of the geometric mean of each input's second moment and the mean of all: of an input's own, large inputs
-# would be held back as much as small ones, of the mean, not at all. Little of what is lacking follows from a layer's
-# inputs, the rest is noise: with the solver's 0.01 more of that is learned, and less is gained on other text
+# Λ as a share of the geometric mean of an input's own second moment and the mean of all: a share of its own holds every
+# input back alike, one of the mean only the small ones. Little of what is lacking follows from a layer's inputs, the
+# rest is noise: with the solver's 0.01 more of that is learned, and less is gained on other text
 # (docs/quantization.md).
 DAMPING = 0.1
 LEAST = 1e-4  # and of the mean alone, for inputs that are always 0
