@@ -13,7 +13,6 @@ from qwen_quant.model import new_rotary
 from qwen_quant.model.transformer import RMSNorm
 from qwen_quant.names import HEAD
 from qwen_quant.quantize.heap import give_back_memory
-from qwen_quant.quantize.layer import QuantizedLayer
 from qwen_quant.quantize.layer_run import LayerRun
 from qwen_quant.quantize.recipe import Recipe
 
@@ -48,7 +47,7 @@ def _hidden_states(
     for index in range(spec.num_hidden_layers):
         # The quantizer's way through a layer, which reads experts as they are needed; nothing is quantized.
         run = LayerRun(checkpoint, index, lambda info: None, Recipe(), hidden.device)
-        run.replay(QuantizedLayer(index), hidden, table)
+        run.carry(hidden, table)
         del run
         give_back_memory()
         advance(1, f"layer {index}")

@@ -69,7 +69,7 @@ class LayerRun(LayerWeights):
             self._finish_sparse(layer.mlp, parts, outputs)
         else:
             gated = self._solve_mlp(layer.mlp, names.mlp, batches, self.keep_activations, reference)
-            _add(batches, gated.outputs(layer.mlp.down_proj))
+            _add(batches, gated.outputs(self._linear(names.mlp[-1])))
         for batch in (*batches, *(() if exact is None else batches_of(exact))):
             if not torch.isfinite(batch.sum()):
                 raise CalibrationError(
@@ -180,7 +180,7 @@ class LayerRun(LayerWeights):
         """Carry `hidden` through the layer with weights quantized before, by the very steps of `solve_all`; and
         `exact` through the layer as it was."""
         if exact is not None:
-            self._carry(exact, table, self._plain_groups, narrow=False)
+            self.carry(exact, table)
 
         def restore(experts: Sequence[int]) -> None:
             for name, tensor in kept.tensors.items():
@@ -195,8 +195,12 @@ class LayerRun(LayerWeights):
         restore([-1])
         self._carry(hidden, table, restored_groups, narrow=True)
 
+    def carry(self, hidden: Tensor, table: tuple[Tensor, Tensor]) -> None:
+        """Carry `hidden` through the layer as it is in the checkpoint."""
+        self._carry(hidden, table, self._plain_groups, narrow=False)
+
     def _carry(self, hidden: Tensor, table: tuple[Tensor, Tensor], ready: GroupsReady, narrow: bool) -> None:
-        """Carry `hidden` through the layer as it is."""
+        """Carry `hidden` through the layer as it is now, its experts as they get `ready`."""
         layer, batches = self.layer, batches_of(hidden)
         contexts = Inputs(lambda part: self._context(part, table), batches, narrow=narrow)
         _add(batches, contexts.outputs(layer.attention_output))
@@ -205,7 +209,7 @@ class LayerRun(LayerWeights):
             self._pass_experts(mlp, hidden, ready)
         else:
             gated = Inputs(self._gated(mlp), batches, narrow=narrow)
-            _add(batches, gated.outputs(mlp.down_proj))
+            _add(batches, gated.outputs(self._linear(self.spec.names.mlp[-1])))
 
     def _gated(self, mlp: MLP) -> Callable[[Tensor], Tensor]:
         return lambda part: mlp.gated(self.layer.mlp_input(part))
