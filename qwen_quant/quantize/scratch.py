@@ -81,16 +81,21 @@ def copy(x: Tensor, folder: Path | None) -> Tensor:
     return found
 
 
+def _file_of(x: Tensor) -> _Mapped | None:
+    """The file in which `x` lies, if it lies in one."""
+    return _maps.get(x.untyped_storage().data_ptr())
+
+
 def beside(hidden: Tensor, x: Tensor) -> Tensor:
     """`x`, or a copy of it in a file where `hidden` lies in one."""
-    mapped = _maps.get(hidden.untyped_storage().data_ptr())
+    mapped = _file_of(hidden)
     return x if mapped is None else copy(x, mapped.folder)
 
 
 def fetch(batch: Tensor, to_write: bool = False) -> None:
     """Map all pages of a batch at once, where it lies in a file: to find them missing one by one takes longer. Pages
     that are mapped `to_write` will be written to the disk."""
-    mapped = _maps.get(batch.untyped_storage().data_ptr())
+    mapped = _file_of(batch)
     if mapped is None:
         return
     begin = batch.data_ptr() - batch.untyped_storage().data_ptr()
