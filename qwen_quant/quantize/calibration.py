@@ -23,9 +23,15 @@ def fast_matmul() -> Iterator[None]:
     The models' weights are BF16 anyway, and a Hessian's entries are means over thousands of tokens: rounding
     2^-9 of each factor is far below the sampling error. Elsewhere the setting changes nothing.
     """
+    with _products_in("bf16"):
+        yield
+
+
+@contextlib.contextmanager
+def _products_in(precision: str) -> Iterator[None]:
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
+    settings.fp32_precision = precision
     try:
         yield
     finally:
@@ -83,6 +89,17 @@ class Calibration:
         self._n_lacking += len(x)
         for rows in self._own(self._lack):
             self._lack[rows].addmm_(lack[:, rows].T, x, **shares)
+
+    def less(self, weight: Tensor) -> None:
+        """Take off `lack` what `weight` [M, K] makes of the inputs: E[y xᵀ] - W E[x xᵀ] is E[(y - W x) xᵀ]. All that have
+        come so far must have had a y."""
+        if self._lack is None:
+            return
+        self._finish()
+        with _products_in("ieee"):  # a small difference of large numbers
+            for rows in self._own(self._lack):
+                self._lack[rows].addmm_(weight[rows], self._mean, alpha=-1)
+        self._complete = not self._shared
 
     @property
     def hessian(self) -> Tensor:

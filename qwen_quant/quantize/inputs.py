@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -60,8 +61,8 @@ class Inputs:
     """What a stage's linears read, batch by batch: first for their moments, then, solved, for their outputs.
 
     Kept in between, where the batches lie (scratch.py), or computed a second time; outputs see them `narrow` in both
-    cases, unless that is not wanted. Each batch belongs to one rank, the same in all stages. With `lack`, inputs come
-    with what it says they lack (targets.py).
+    cases, unless that is not wanted. Each batch belongs to one rank. With `lack`, inputs come with what it says they
+    lack (targets.py): those of the first `lacking` batches, which are in one row with the others or come by themselves.
     """
 
     def __init__(
@@ -71,13 +72,23 @@ class Inputs:
         keep: bool = False,
         lack: OfBatch | None = None,
         narrow: bool = True,
+        lacking: int = 0,
     ) -> None:
         self._compute, self._batches, self._keep, self._lack = compute, batches, keep, lack
         self._narrow = narrow
+        self._runs = range(lacking), range(lacking, len(batches))
         self._kept: dict[int, Narrow] = {}
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        return each_on_its_rank(self._first, range(len(self._batches)))
+        return chain(self.lacking(), self.others())
+
+    def lacking(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The first of them."""
+        return each_on_its_rank(self._first, self._runs[0])
+
+    def others(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Those after them."""
+        return each_on_its_rank(self._first, self._runs[1])
 
     def _first(self, number: int) -> tuple[Tensor, Tensor | None]:
         scratch.fetch(self._batches[number])
@@ -98,4 +109,4 @@ class Inputs:
             kept = self._kept.pop(number, None)
             return function((kept or Narrow.of(self._compute(self._batches[number]))).wide())
 
-        return each_on_its_rank(output, range(len(self._batches)))
+        return chain.from_iterable(each_on_its_rank(output, run) for run in self._runs)

@@ -48,8 +48,11 @@ class LayerRun(LayerWeights):
         self._quantize(names.qkv, self._moments(names.qkv, inputs), at_inputs)
 
         lack = None if reference is None else reference.after_attention(batches)
-        contexts = Inputs(lambda part: self._context(part, table), batches, self.keep_activations, lack)
-        moments = self._moments((names.output,), contexts)
+        lacking = 0 if reference is None else len(reference)
+        contexts = Inputs(
+            lambda part: self._context(part, table), batches, self.keep_activations, lack, lacking=lacking
+        )
+        moments = self._moments((names.output,), contexts, whole=True)
         if reference is not None:
             reference.passed(*names.qkv, names.output)
         self._quantize((names.output,), moments, at_outputs)
@@ -93,8 +96,9 @@ class LayerRun(LayerWeights):
         inputs = Inputs(self.layer.mlp_input, batches, lack=lack)
         self._quantize(first, self._moments(first, inputs), at_inputs)
         lack = None if reference is None else reference.after_mlp(batches)
-        gated = Inputs(self._gated(module), batches, keep, lack)
-        moments = self._moments(last, gated)
+        lacking = 0 if reference is None else len(reference)
+        gated = Inputs(self._gated(module), batches, keep, lack, lacking=lacking)
+        moments = self._moments(last, gated, whole=True)
         if reference is not None:
             reference.passed(*names)
         if keep:
@@ -217,11 +221,20 @@ class LayerRun(LayerWeights):
     def _context(self, part: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         return self.layer.attend(self.layer.attention_input(part), table)
 
-    def _moments(self, stage: tuple[str, ...], inputs: Inputs) -> Calibration:
-        """The moments of what the stage's linears read."""
-        where = self.prefix + stage[0]
-        moments = Calibration(self._linear(stage[0]).in_features, where, self.device, shared=True)
-        for x, lack in inputs:
+    def _moments(self, stage: tuple[str, ...], inputs: Inputs, whole: bool = False) -> Calibration:
+        """The moments of what the stage's linears read. What these lack may come `whole`, what they give included."""
+        linear = self._linear(stage[0])
+        moments = Calibration(linear.in_features, self.prefix + stage[0], self.device, shared=True)
+        rest = None  # of the last batch, of which nothing is known to be lacking
+        for x, lack in inputs.lacking():
+            assert lack is not None
+            moments.add(x[: len(lack)], lack)
+            rest = x[len(lack) :]
+        if whole:
+            moments.less(linear.weight)
+        if rest is not None:
+            moments.add(rest)
+        for x, lack in inputs.others():
             moments.add(x, lack)
         return moments
 
