@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from qwen_quant.errors import CalibrationError
+from qwen_quant.quantize.parallel import each_on_its_thread
 from qwen_quant.quantize.ranks import each_on_its_rank, own_part
 
 LARGEST = 1e17  # activation whose square can be summed over thousands of tokens
-BLOCK = 512  # rows of a matrix of moments that are summed at once
+BLOCK = 256  # rows of a matrix of moments that are summed at once
 
 
 @contextlib.contextmanager
@@ -75,8 +76,11 @@ class Calibration:
             return
         shares = _shares(self.n_tokens, len(x))
         self.n_tokens += len(x)
-        for rows in self._own(self._mean):  # the lower triangle is half the work
+
+        def summed(rows: slice) -> None:  # the lower triangle is half the work
             self._mean[rows, : rows.stop].addmm_(x[:, rows].T, x[:, : rows.stop], **shares)
+
+        each_on_its_thread(summed, self._own(self._mean)[::-1])  # those with most work first
         if lack is not None:
             lack = lack.reshape(-1, lack.shape[-1])
             self._add_lack(x[: len(lack)], lack)
@@ -87,12 +91,18 @@ class Calibration:
             self._lack = torch.zeros(lack.shape[1], x.shape[1], dtype=torch.float32, device=x.device)
         shares = _shares(self._n_lacking, len(x))
         self._n_lacking += len(x)
-        for rows in self._own(self._lack):
-            self._lack[rows].addmm_(lack[:, rows].T, x, **shares)
+        mean = self._lack
+
+        def summed(rows: slice) -> None:
+            mean[rows].addmm_(lack[:, rows].T, x, **shares)
+
+        each_on_its_thread(summed, self._own(mean))
 
     def less(self, weight: Tensor) -> None:
-        """Take off `lack` what `weight` [M, K] makes of the inputs: E[y xᵀ] - W E[x xᵀ] is E[(y - W x) xᵀ]. All that have
-        come so far must have had a y."""
+        """Take off `lack` what `weight` [M, K] makes of the inputs: E[y xᵀ] - W E[x xᵀ] is E[(y - W x) xᵀ].
+
+        All that have come so far must have had a y.
+        """
         if self._lack is None:
             return
         self._finish()

@@ -6,14 +6,18 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from qwen_quant.quantize import scratch
+from qwen_quant.quantize.parallel import each_on_its_thread
 from qwen_quant.quantize.ranks import each_on_its_rank
 
+Result = TypeVar("Result")
 TOKENS_AT_ONCE = 512  # calibration tokens per forward pass: bounds activations beside the hidden states
+FEW_THREADS = 4
 ROUTED_AT_ONCE = 4096  # where each token goes to a few of many experts
 LARGEST = 126  # exponent of a unit, so that it and its inverse are normal numbers
 
@@ -28,8 +32,26 @@ def batches_of(hidden: Tensor, routed: bool = False) -> tuple[Tensor, ...]:
     return hidden.split(_windows_at_once(hidden.shape[1], routed))
 
 
+def batches_at_once() -> int:
+    """A batch for each thread, if these are few: threads that share each operation wait for each other in each, but
+    batches take memory."""
+    threads = torch.get_num_threads()
+    return threads if threads <= FEW_THREADS else 1
+
+
 # Of a batch's number and what it makes a stage's linears read: for its first windows, or None where it is not known.
 OfBatch = Callable[[int, Tensor], Tensor | None]
+
+
+def each_batch(function: Callable[[int], Result], numbers: range) -> Iterator[Result]:
+    """`each_on_its_rank` of the batches of these numbers, `batches_at_once` of them on threads of their own."""
+    count = batches_at_once()
+    some = [numbers[start : start + count] for start in range(0, len(numbers), count)]
+
+    def found(each: range) -> list[Result]:
+        return [function(each[0])] if count == 1 else each_on_its_thread(function, each)
+
+    return chain.from_iterable(each_on_its_rank(found, some))
 
 
 @dataclass
@@ -84,11 +106,11 @@ class Inputs:
 
     def lacking(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The first of them."""
-        return each_on_its_rank(self._first, self._runs[0])
+        return each_batch(self._first, self._runs[0])
 
     def others(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Those after them."""
-        return each_on_its_rank(self._first, self._runs[1])
+        return each_batch(self._first, self._runs[1])
 
     def _first(self, number: int) -> tuple[Tensor, Tensor | None]:
         scratch.fetch(self._batches[number])
@@ -109,4 +131,4 @@ class Inputs:
             kept = self._kept.pop(number, None)
             return function((kept or Narrow.of(self._compute(self._batches[number]))).wide())
 
-        return chain.from_iterable(each_on_its_rank(output, run) for run in self._runs)
+        return chain.from_iterable(each_batch(output, run) for run in self._runs)

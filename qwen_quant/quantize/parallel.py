@@ -6,6 +6,8 @@ their own do not wait for each other.
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -21,10 +23,24 @@ def each_on_its_thread(function: Callable[[Item], Result], items: Sequence[Item]
     threads = torch.get_num_threads()
     if threads == 1 or len(items) == 1:
         return [function(item) for item in items]
-    # The setting is both the process's and the calling thread's: workers start with the machine's default.
-    torch.set_num_threads(1)
+    gradients = torch.is_grad_enabled()  # each thread has a setting of its own
+
+    def called(item: Item) -> Result:
+        with torch.set_grad_enabled(gradients):
+            return function(item)
+
+    torch.set_num_threads(1)  # both the process's setting and the calling thread's
     try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, items))
+        return list(_pool(threads).map(called, items))
     finally:
         torch.set_num_threads(threads)
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that stay: each new one would get memory of its own for matrix products."""
+    # They start with the machine's default, and with what they set here the whole process's changes: all do so at once.
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    all_here = threading.Barrier(threads)
+    list(pool.map(lambda _: all_here.wait(), range(threads)))
+    return pool

@@ -33,7 +33,7 @@ from qwen_quant.quantize.calibration import BLOCK
 from qwen_quant.quantize.descend import SWEEPS
 from qwen_quant.quantize.experts import COLD, groups_of_experts
 from qwen_quant.quantize.gptq import FLOATS_AT_ONCE, LARGE, MEASURED, ROWS_AT_ONCE
-from qwen_quant.quantize.inputs import ROUTED_AT_ONCE, TOKENS_AT_ONCE
+from qwen_quant.quantize.inputs import ROUTED_AT_ONCE, TOKENS_AT_ONCE, batches_at_once
 from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.quantize.targets import half_of
@@ -141,8 +141,9 @@ class CalibratedLayer:
         return self.recipe.num_samples * self.recipe.seq_len
 
     def at_once(self, limit: int = TOKENS_AT_ONCE) -> int:
-        """Tokens of a forward pass."""
-        return min(self.tokens, max(self.recipe.seq_len, limit))
+        """Tokens of the forward passes that run at a time."""
+        count = batches_at_once() if limit == TOKENS_AT_ONCE else 1
+        return min(self.tokens, count * max(self.recipe.seq_len, limit))
 
     @property
     def _holds_activations(self) -> bool:

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from qwen_quant.model import DecoderLayer, new_layer
 from qwen_quant.model.mlp import MLP
 from qwen_quant.quantize import scratch
-from qwen_quant.quantize.inputs import OfBatch, batches_of
-from qwen_quant.quantize.ranks import each_on_its_rank
+from qwen_quant.quantize.inputs import OfBatch, batches_of, each_batch
 from qwen_quant.spec import ModelSpec
 
 Batches = tuple[Tensor, ...]
@@ -145,7 +144,7 @@ class Reference:
         """All batches are past the linears of these names: let their weights go, and all ranks know all batches."""
         for name in names:
             self._layer.get_submodule(name).to("meta")
-        found = each_on_its_rank(lambda number: self._batches[number], range(len(self._batches)))
+        found = each_batch(lambda number: self._batches[number], range(len(self)))
         for batch, carried in zip(self._batches, found, strict=True):
             if carried is not batch:
                 batch.copy_(carried)
