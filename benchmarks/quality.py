@@ -6,8 +6,10 @@ int4 in groups of 128 against other quantizers' defaults.
 
 DIR holds llama.cpp's llama-quantize, llama-imatrix and llama-perplexity. Both programs see the same calibration
 windows (ours as tokens, theirs as that text), both files have the type's own mix of tensor types, and both are
-measured by llama-perplexity against the same F32 file; `ours` adds what `qwen-quant eval` says of our file. PYTHON
-is that of an environment with the peer; peers calibrate on our windows, and `qwen-quant eval` measures all checkpoints.
+measured by llama-perplexity against the same F32 file. `by eval` is what `qwen-quant eval` says of our file. Either
+program rounds activations in its own way as it multiplies; `weights alone` are those of our file decoded to F32, with
+which neither does, so that there both must say the same. PYTHON is that of an environment with the peer; peers
+calibrate on our windows, and `qwen-quant eval` measures all checkpoints.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ MEAN_KLD = re.compile(r"Mean\s+KLD:\s*(-?[\d.]+)\s*±\s*([\d.]+)")
 
 @dataclass(frozen=True)
 class Row:
-    """One type: bytes of the files and mean KLD in nats as llama-perplexity has it, and as our evaluator does."""
+    """One type: bytes of the files and mean KLD in nats as llama-perplexity has it, and as our evaluator does; that of
+    the weights alone is of our file decoded to F32.
+    """
 
     type: str
     bytes: int
@@ -39,6 +43,8 @@ class Row:
     kld: float
     peer_kld: float
     kld_by_eval: float
+    weights_kld: float
+    weights_kld_by_eval: float
 
     @property
     def ratio(self) -> float:
@@ -106,6 +112,11 @@ class Peer:
         run([self.bin / "llama-quantize", "--imatrix", self.imatrix, self.float32, output, file_type])
         return output
 
+    def decode(self, file: Path) -> Path:
+        output = file.with_name(f"{file.stem}-decoded.gguf")
+        run([self.bin / "llama-quantize", "--allow-requantize", file, output, "F32"])
+        return output
+
     def mean_kld(self, file: Path) -> float:
         text = perplexity.divergence([*self._perplexity(file), "--kl-divergence-base", self.base])
         found = MEAN_KLD.search(text)
@@ -120,7 +131,7 @@ def measure(file_type: str, options: argparse.Namespace, peer: Peer) -> Row:
         "export", options.model, "-o", mine, "--type", file_type, "--json",
         "--num-samples", str(options.samples), *options.export_options.split(),
     )  # fmt: skip
-    theirs = peer.quantize(file_type)
+    theirs, decoded = peer.quantize(file_type), peer.decode(mine)
     return Row(
         file_type,
         mine.stat().st_size,
@@ -128,6 +139,8 @@ def measure(file_type: str, options: argparse.Namespace, peer: Peer) -> Row:
         peer.mean_kld(mine),
         peer.mean_kld(theirs),
         kld_by_eval(mine, options),
+        peer.mean_kld(decoded),
+        kld_by_eval(decoded, options),
     )
 
 
@@ -135,13 +148,16 @@ def compare_types(options: argparse.Namespace, folder: Path) -> list[dict[str, o
     """Each of the types beside llama-quantize's."""
     peer = Peer(options, folder)
     rows = []
-    print("| type | bytes, ours | bytes, llama.cpp | KLD, ours | KLD, llama.cpp | ratio | ours by eval |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    print(
+        "| type | bytes, ours | bytes, llama.cpp | KLD, ours | KLD, llama.cpp | ratio | ours, by eval "
+        "| our weights alone | by eval |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
     for file_type in options.types:
         row = measure(file_type, options, peer)
         print(
             f"| {row.type} | {row.bytes:,} | {row.peer_bytes:,} | {row.kld:.5f} | {row.peer_kld:.5f} "
-            f"| {row.ratio:.2f} | {row.kld_by_eval:.5f} |",
+            f"| {row.ratio:.2f} | {row.kld_by_eval:.5f} | {row.weights_kld:.5f} | {row.weights_kld_by_eval:.5f} |",
             flush=True,
         )
         rows.append(asdict(row) | {"ours/peer": row.ratio})
