@@ -106,20 +106,23 @@ class Inputs:
 
     def lacking(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The first of them."""
-        return each_batch(self._first, self._runs[0])
+        return self._read(self._runs[0])
 
     def others(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Those after them."""
-        return each_batch(self._first, self._runs[1])
+        return self._read(self._runs[1])
+
+    def _read(self, run: range) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for number, found in zip(run, each_batch(self._first, run), strict=True):
+            yield found
+            scratch.let_go(number)  # here, where no thread is at work in those pages
 
     def _first(self, number: int) -> tuple[Tensor, Tensor | None]:
         scratch.fetch(self._batches[number])
         x = self._compute(self._batches[number])
         if self._keep:
             self._kept[number] = Narrow.of(x).beside(self._batches[number])
-        lack = None if self._lack is None else self._lack(number, x)
-        scratch.let_go(number)
-        return x, lack
+        return x, None if self._lack is None else self._lack(number, x)
 
     def outputs(self, function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         """What `function` makes of each batch; what was kept is let go."""

@@ -27,3 +27,9 @@ def test_an_exception_comes_through(threads: int) -> None:
     with pytest.raises(ZeroDivisionError):
         each_on_its_thread(lambda x: 1 // x, [2, 1, 0, 1])
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_gradients_are_recorded_as_in_the_thread_that_calls(enabled: bool) -> None:
+    with torch.set_grad_enabled(enabled):
+        assert each_on_its_thread(lambda _: torch.is_grad_enabled(), range(4)) == [enabled] * 4
