@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_quant.quantize import inputs
 from qwen_quant.quantize.inputs import Inputs, Narrow, batches_of
+from qwen_quant.quantize.parallel import FEW
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(-36, 36), st.integers(1, 40))
@@ -42,7 +42,7 @@ def test_outputs_are_the_same_whether_inputs_are_kept(narrow: bool) -> None:
     assert torch.equal(outputs[0], read.square()) != narrow
 
 
-@pytest.mark.parametrize("threads", [1, 3, inputs.FEW_THREADS + 1])
+@pytest.mark.parametrize("threads", [1, 3, FEW + 1])
 @pytest.mark.parametrize("keep", [True, False])
 def test_batches_on_several_threads_come_in_order(threads: int, keep: bool) -> None:
     """With what is lacking of the first ones, by themselves and with the others."""

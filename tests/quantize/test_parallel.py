@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from qwen_quant.quantize.parallel import each_on_its_thread
+from qwen_quant.quantize.parallel import FEW, each_on_few_threads, each_on_its_thread
 
 
-@pytest.fixture(autouse=True, params=[1, 3])
+@pytest.fixture(autouse=True, params=[1, 3, FEW + 2])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -33,3 +33,8 @@ def test_an_exception_comes_through(threads: int) -> None:
 def test_gradients_are_recorded_as_in_the_thread_that_calls(enabled: bool) -> None:
     with torch.set_grad_enabled(enabled):
         assert each_on_its_thread(lambda _: torch.is_grad_enabled(), range(4)) == [enabled] * 4
+
+
+def test_many_threads_share_each_item(threads: int) -> None:
+    expected = 1 if threads <= FEW else threads
+    assert each_on_few_threads(lambda _: torch.get_num_threads(), range(4)) == [expected] * 4
