@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qwen_quant.errors import CalibrationError
-from qwen_quant.quantize.parallel import each_on_its_thread
+from qwen_quant.quantize.parallel import each_on_few_threads
 from qwen_quant.quantize.ranks import each_on_its_rank, own_part
 
 LARGEST = 1e17  # activation whose square can be summed over thousands of tokens
@@ -80,7 +80,7 @@ class Calibration:
         def summed(rows: slice) -> None:  # the lower triangle is half the work
             self._mean[rows, : rows.stop].addmm_(x[:, rows].T, x[:, : rows.stop], **shares)
 
-        each_on_its_thread(summed, self._own(self._mean)[::-1])  # those with most work first
+        each_on_few_threads(summed, self._own(self._mean)[::-1])  # those with most work first
         if lack is not None:
             lack = lack.reshape(-1, lack.shape[-1])
             self._add_lack(x[: len(lack)], lack)
@@ -96,7 +96,7 @@ class Calibration:
         def summed(rows: slice) -> None:
             mean[rows].addmm_(lack[:, rows].T, x, **shares)
 
-        each_on_its_thread(summed, self._own(mean))
+        each_on_few_threads(summed, self._own(mean))
 
     def less(self, weight: Tensor) -> None:
         """Take off `lack` what `weight` [M, K] makes of the inputs: E[y xᵀ] - W E[x xᵀ] is E[(y - W x) xᵀ].

@@ -110,6 +110,10 @@ class Descent:
 
     def _columns(self, block: slice) -> Scales:
         """The scales of each column of a block, [E, M, N]."""
+        groups = self._groups(block)
+        if groups.stop - groups.start == 1:  # nothing to copy
+            shape = (-1, block.stop - block.start, -1)
+            return Scales(self.scale[:, groups].expand(shape), self.offset[:, groups].expand(shape))
         index = torch.arange(block.start, block.stop, device=self.scale.device) // self._size
         return Scales(self.scale.index_select(1, index), self.offset.index_select(1, index))
 
@@ -125,15 +129,19 @@ class Descent:
         old = Scales(self.scale[:, groups], self.offset[:, groups])
         found = self.grid.refit(self._sums(codes, columns, values, here, pull), _by_row(old))
         new = _by_column(found, old)
-        scale, offset = (x.repeat_interleave(self._size, 1) for x in (new.scale, new.offset))
-        moved = values - self.grid.value(codes, scale, offset)
+        scale, offset = new.scale, new.offset
+        if scale.shape[1] > 1:
+            scale, offset = (x.repeat_interleave(self._size, 1) for x in (scale, offset))
+        moved = values.sub_(self.grid.value(codes, scale, offset))
         pulled = here @ moved
-        loss = (moved * (2 * pull + pulled)).sum(1, keepdim=True)  # [E, 1, N]: by how much it rises
+        loss = (moved * torch.add(pulled, pull, alpha=2)).sum(
+            1, keepdim=True
+        )  # [E, 1, N]: by how much it rises
         better = loss < 0
         self.scale[:, groups] = torch.where(better, new.scale, old.scale)
         self.offset[:, groups] = torch.where(better, new.offset, old.offset)
-        self.error[:, block] += moved * better
-        pull += pulled * better
+        self.error[:, block] += moved.mul_(better)
+        pull += pulled.mul_(better)
 
     def _sums(self, codes: Tensor, columns: Scales, values: Tensor, here: Tensor, pull: Tensor) -> Sums:
         """The loss of each group as a quadratic form of its scale and offset, the others as they are [E * N * G, 1].

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from qwen_quant.quantize import scratch
-from qwen_quant.quantize.parallel import each_on_its_thread
+from qwen_quant.quantize.parallel import each_on_few_threads, few_threads
 from qwen_quant.quantize.ranks import each_on_its_rank
 
 Result = TypeVar("Result")
 TOKENS_AT_ONCE = 512  # calibration tokens per forward pass: bounds activations beside the hidden states
-FEW_THREADS = 4
 ROUTED_AT_ONCE = 4096  # where each token goes to a few of many experts
 LARGEST = 126  # exponent of a unit, so that it and its inverse are normal numbers
 
@@ -33,10 +32,8 @@ def batches_of(hidden: Tensor, routed: bool = False) -> tuple[Tensor, ...]:
 
 
 def batches_at_once() -> int:
-    """A batch for each thread, if these are few: threads that share each operation wait for each other in each, but
-    batches take memory."""
-    threads = torch.get_num_threads()
-    return threads if threads <= FEW_THREADS else 1
+    """A batch for each thread, if these are few: more would take much memory."""
+    return torch.get_num_threads() if few_threads() else 1
 
 
 # Of a batch's number and what it makes a stage's linears read: for its first windows, or None where it is not known.
@@ -47,11 +44,7 @@ def each_batch(function: Callable[[int], Result], numbers: range) -> Iterator[Re
     """`each_on_its_rank` of the batches of these numbers, `batches_at_once` of them on threads of their own."""
     count = batches_at_once()
     some = [numbers[start : start + count] for start in range(0, len(numbers), count)]
-
-    def found(each: range) -> list[Result]:
-        return [function(each[0])] if count == 1 else each_on_its_thread(function, each)
-
-    return chain.from_iterable(each_on_its_rank(found, some))
+    return chain.from_iterable(each_on_its_rank(lambda each: each_on_few_threads(function, each), some))
 
 
 @dataclass
@@ -106,20 +99,23 @@ class Inputs:
 
     def lacking(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The first of them."""
-        return each_batch(self._first, self._runs[0])
+        return self._read(self._runs[0])
 
     def others(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Those after them."""
-        return each_batch(self._first, self._runs[1])
+        return self._read(self._runs[1])
+
+    def _read(self, run: range) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for number, found in zip(run, each_batch(self._first, run), strict=True):
+            yield found
+            scratch.let_go(number)  # here, where no thread is at work in those pages
 
     def _first(self, number: int) -> tuple[Tensor, Tensor | None]:
         scratch.fetch(self._batches[number])
         x = self._compute(self._batches[number])
         if self._keep:
             self._kept[number] = Narrow.of(x).beside(self._batches[number])
-        lack = None if self._lack is None else self._lack(number, x)
-        scratch.let_go(number)
-        return x, lack
+        return x, None if self._lack is None else self._lack(number, x)
 
     def outputs(self, function: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
         """What `function` makes of each batch; what was kept is let go."""

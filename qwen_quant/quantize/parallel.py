@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+FEW = 4  # threads
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -34,6 +35,16 @@ def each_on_its_thread(function: Callable[[Item], Result], items: Sequence[Item]
         return list(_pool(threads).map(called, items))
     finally:
         torch.set_num_threads(threads)
+
+
+def few_threads() -> bool:
+    """Whether large operations are better given to a thread each than cut among all threads."""
+    return torch.get_num_threads() <= FEW
+
+
+def each_on_few_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """`each_on_its_thread` where these are few; otherwise one item after the other, on all of them."""
+    return each_on_its_thread(function, items) if few_threads() else [function(item) for item in items]
 
 
 @functools.cache

@@ -225,7 +225,7 @@ class CalibratedLayer:
         work += hessian_and_solve(1, tokens, qkv, hidden_size) + hessian_and_solve(1, tokens, hidden_size, q)
         exact = exact_tokens(self.recipe)
         if exact:
-            work += Work(matmul=exact / tokens * attention + 4 * exact * q * hidden_size)
+            work += Work(matmul=exact / tokens * attention + 2 * (exact + q) * q * hidden_size)
             work += aiming_work(exact, qkv, hidden_size, hidden_size)
             work += aiming_work(exact, hidden_size, q, hidden_size)
         if self.moe is None:
@@ -234,7 +234,7 @@ class CalibratedLayer:
             if exact:
                 work += aiming_work(exact, 2 * ffn, hidden_size, hidden_size)
                 work += aiming_work(exact, hidden_size, ffn, hidden_size)
-                work += Work(matmul=8 * exact * hidden_size * ffn)
+                work += Work(matmul=(6 * exact + 2 * ffn) * hidden_size * ffn)
         else:
             moe = self.moe
             routed = tokens * moe.num_experts_per_tok / moe.num_experts
