@@ -111,7 +111,8 @@ def fetch(batch: Tensor, to_write: bool = False) -> None:
 def let_go(batch: int = 1) -> None:
     """No page of any file counts as memory of this process, until it is touched again; and, from time to time by the
     number of a `batch`, nothing that was freed, of which the C library holds more after each."""
-    for mapped in list(_maps.values()):
-        mapped.madvise(mmap.MADV_DONTNEED)
+    for reference in _maps.valuerefs():  # a list, made at once: other threads make files meanwhile
+        if (mapped := reference()) is not None:
+            mapped.madvise(mmap.MADV_DONTNEED)
     if _maps and batch % BATCHES == 0:
         give_back_memory()

@@ -6,7 +6,9 @@ import errno
 import gc
 import os
 import re
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -98,3 +100,14 @@ def test_a_full_disk(
     checkpoint = Checkpoint(make_checkpoint())
     with pytest.raises(ResourceError, match=r"No space left on device.*-o.*--num-samples"):
         next(gptq_layers(checkpoint, linear_grid(Q4_0()), WINDOWS, RECIPE, spill=tmp_path))
+
+
+def test_threads_make_files_while_others_let_go(tmp_path: Path) -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            copies = list(pool.map(lambda n: scratch.copy(torch.full((2, 8), n), tmp_path), range(300)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert [int(x[0, 0]) for x in copies] == list(range(300))
