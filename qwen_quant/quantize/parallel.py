@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class OnEach(Protocol):
+    """`each_on_its_thread`, or the same with more than the threads of this process."""
+
+    def __call__(self, function: Callable[[Item], Result], items: Sequence[Item], /) -> list[Result]: ...
 
 
 def each_on_its_thread(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

@@ -39,7 +39,11 @@ def stop_after_one(folder: Path, store: LayerStore, recipe: Recipe = RECIPE) -> 
     run.close()
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, replace(RECIPE, desc_act=True)], ids=["in-order", "desc-act"])
+@pytest.mark.parametrize(
+    "recipe",
+    [RECIPE, replace(RECIPE, desc_act=True), replace(RECIPE, output_aware=True)],
+    ids=["in-order", "desc-act", "output-aware"],
+)
 def test_the_same_bits(make_checkpoint: Callable[..., Path], tmp_path: Path, recipe: Recipe) -> None:
     folder = make_checkpoint(num_hidden_layers=3)
     whole = layers(folder, LayerStore(tmp_path / "whole"), recipe)
