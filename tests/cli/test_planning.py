@@ -167,12 +167,7 @@ def test_little_memory_puts_activations_into_files(reference: Path) -> None:
     assert not less.spill and not less.keep_activations
 
 
-def test_gradients_count(cli: Callable, make_model: Callable, tmp_path: Path, reference: Path) -> None:
-    # 40 layers: hidden states are kept at each of them.
-    line = ["gptq", make_model(num_hidden_layers=40), "-o", tmp_path / "out", "--group-size", "32"]
-    line += ["--num-samples", "64", "--seq-len", "256", "--no-verify", "--dry-run", "--json"]
-    plain, aware = cli(*line).json, cli(*line, "--output-aware").json
-    assert aware["spilled_mb"] > plain["spilled_mb"] and aware["seconds_of"] != plain["seconds_of"]
+def test_gradients_count(reference: Path) -> None:
     checkpoint = Checkpoint(reference)
     tensors, recipe = stored_tensors(checkpoint, IntGrid(4, 128)), Recipe(num_samples=64)
     for spill in (False, True):

@@ -18,7 +18,7 @@ from qwen_quant.model import load_model
 from qwen_quant.quantize import chains, descend
 from qwen_quant.quantize.gptq import solve
 from qwen_quant.quantize.recipe import Recipe, linear_grid
-from qwen_quant.quantize.row_moments import RowMoments, rows_of_chains, shrunk
+from qwen_quant.quantize.row_moments import RowMoments, shrunk
 from qwen_quant.quantize.stream import embedded, gptq_layers
 
 SPARSE = {
@@ -179,13 +179,46 @@ def test_moments_are_those_of_autograd(make_checkpoint: Callable[..., Path], cha
     assert found.of("model.layers.1.mlp.gate_proj.weight", "cpu") is None
 
 
-def test_every_family_has_its_chains(make_checkpoint: Callable[..., Path]) -> None:
-    spec = Checkpoint(make_checkpoint()).spec
-    rows = rows_of_chains(spec)
-    for info in spec.layer_tensors(0):
-        name = info.name.removeprefix("model.layers.0.").removesuffix(".weight")
-        if name in rows:
-            assert info.shape[0] % rows[name] == 0
+SHARED = {
+    **SPARSE,
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "head_dim": None,
+    "shared_expert_intermediate_size": 96,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "shapes"),
+    [
+        ("make_qwen1", {"num_hidden_layers": 1}, {"attn.c_attn": (12, 16, 16), "mlp.c_proj": (1, 64, 64)}),
+        (
+            "make_checkpoint",
+            SHARED,
+            {
+                "self_attn.k_proj": (2, 16, 16),
+                "self_attn.o_proj": (1, 64, 64),
+                "mlp.shared_expert.down_proj": (1, 64, 64),
+                "mlp.experts.0.down_proj": None,
+                "mlp.gate": None,
+            },
+        ),
+    ],
+)
+def test_every_family_has_its_chains(
+    family: str,
+    changes: dict,
+    shapes: dict[str, tuple[int, ...] | None],
+    request: pytest.FixtureRequest,
+) -> None:
+    checkpoint = Checkpoint(request.getfixturevalue(family)(**changes))
+    windows = np.random.default_rng(0).integers(0, 320, (2, 32)).astype(np.int32)
+    found = RowMoments.measured(checkpoint, embedded(checkpoint, windows))
+    prefix = checkpoint.spec.names.layer(0)
+    for name, shape in shapes.items():
+        moments = found.of(f"{prefix}{name}.weight")
+        assert shape == (None if moments is None else moments.shape), name
+    assert list(gptq_layers(checkpoint, linear_grid(IntGrid(4, 32)), windows, Recipe(output_aware=True)))
 
 
 def test_a_run_with_and_without(make_checkpoint: Callable[..., Path]) -> None:
