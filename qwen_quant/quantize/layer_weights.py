@@ -60,9 +60,13 @@ class LayerWeights:
         return recipe_record(self.recipe, self.chosen_grids())
 
     def weights(self) -> Iterator[tuple[str, np.ndarray]]:
-        """The layer's full-precision weights one by one; experts are not in memory yet and come from the files."""
+        """The layer's full-precision weights one by one; experts are not in memory yet and come from the files. And the
+        moments of the gradients, which the weights of all layers after it decide."""
         for name, value in sorted(self.layer.state_dict().items()):
             yield name, self.checkpoint.read(self.prefix + name) if value.is_meta else value.cpu().numpy()
+        for name in sorted(self.infos):
+            if self.row_moments is not None and (moments := self.row_moments.of(name)) is not None:
+                yield f"moments of {name}", moments.numpy()
 
     def _read(self, experts: range) -> None:
         self.watch.lap("calibrate")
