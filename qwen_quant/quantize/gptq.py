@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales
-from qwen_quant.quantize.chains import in_chains
+from qwen_quant.quantize.chains import in_chain
 from qwen_quant.quantize.compensate import Columns, compensate, rounding_error, select
 from qwen_quant.quantize.descend import Descent
 from qwen_quant.quantize.factor import Factor, factorise, output_error
@@ -172,8 +172,8 @@ def solve(
 ) -> list[Solution]:
     """Quantize weights [N_i, K] that share an input with second moments `hessian` [K, K].
 
-    `grids` is one for all or one for each; `row_moments` are those of the gradients by each weight's outputs, [C, R, R]
-    (row_moments.py), of all weights or none. All ranks solve together, each some of the rows.
+    `grids` is one for all or one for each; `row_moments` are those of the gradients by each weight's outputs,
+    [N_i, N_i] (row_moments.py), of all weights or none. All ranks solve together, each some of the rows.
     """
     each = [grids] * len(weights) if isinstance(grids, AffineGrid) else list(grids)
     shared = Input.of(hessian[None], damp_percent)
@@ -238,14 +238,15 @@ def _solve_together(
 ) -> list[list[Solution]]:
     """Solutions of each weight [E, N_i, K] on the problem's grid, E of them.
 
-    The weights are put together along N, which changes nothing in the result (rows, or chains of them, are independent)
-    and saves passes.
+    The weights are put together along N, which changes nothing in the result (rows are independent) and saves passes;
+    not those with `row_moments`.
     """
-    w = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)  # [E, N, K]
     every = MEASURED if min(weight.shape[1] for weight in weights) >= LARGE else 1
     if row_moments:
-        found = _solve_in_chains(problem, w, torch.cat(row_moments), every, on_each)
+        each = zip(weights, row_moments, strict=True)
+        found = Rows.joined([_solve_in_chain(problem, *pair, every, on_each) for pair in each])
     else:
+        w = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)  # [E, N, K]
         found = Rows.joined(on_each(partial(problem.solve, every=every), _pieces(w)))
     index, factor = problem.group_index(), problem.factor
     solutions: list[list[Solution]] = []
@@ -254,7 +255,7 @@ def _solve_together(
         rows = slice(start, start + weight.shape[1])
         start = rows.stop
         solutions.append([])
-        for e in range(len(w)):
+        for e in range(len(problem.order)):
             scales = Scales(found.scales.scale[e, rows], found.scales.offset[e, rows])
             group_index = None if index is None else index[e]
             tensor = QuantizedTensor(problem.grid, found.codes[e, rows], scales, group_index)
@@ -265,9 +266,9 @@ def _solve_together(
     return solutions
 
 
-def _solve_in_chains(problem: _Problem, w: Tensor, row_moments: Tensor, every: int, on_each: OnEach) -> Rows:
-    """What is found for rows w [E, N, K] that make up for each other as their outputs' moments [C, R, R] say."""
-    rounded = in_chains(w, row_moments, lambda rows: on_each(problem.round, _pieces(rows)))
+def _solve_in_chain(problem: _Problem, w: Tensor, row_moments: Tensor, every: int, on_each: OnEach) -> Rows:
+    """What is found for rows w [E, N, K] that make up for each other as their outputs' moments [N, N] say."""
+    rounded = in_chain(w, row_moments, lambda rows: on_each(problem.round, _pieces(rows)))
     pieces = _pieces(w)
     size = pieces[0].shape[1]
     pairs = list(zip(pieces, rounded.split(size), strict=True))

@@ -4,20 +4,19 @@
 gradients     hidden states of G tokens at every layer and their gradient (unless they lie in files), all weights of a
               layer (experts too), and what its backward pass keeps of B tokens; or the head [vocab, H], as it is read
               and in FP32
-moments       C·R² of the C chains of R rows of each weight; while a layer is passed once more, and of its largest three
-              times; while rows are solved, them and their factor twice, and what is missed and made up for, 2·N·K
+moments       N² of the N rows of some weights; while a layer is passed three times more of its largest, while rows are
+              solved twice more beside what they miss and the weights in another order, 4·N·K
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from qwen_quant.quantize.gradients import POSITIONS
 from qwen_quant.quantize.inputs import TOKENS_AT_ONCE
 from qwen_quant.quantize.plan_layer import FLOAT, Stage, Work, largest
 from qwen_quant.quantize.recipe import Recipe
-from qwen_quant.quantize.row_moments import gradient_windows, rows_of_chains
+from qwen_quant.quantize.row_moments import gradient_windows, linears
 from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.spec import ModelSpec
 
@@ -78,26 +77,23 @@ def moment_work(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) ->
     what rows that make up for each other take besides being solved."""
     tokens = gradient_tokens(spec, recipe)
     share = 1.0 if spec.moe is None else spec.moe.num_experts_per_tok / spec.moe.num_experts
-    linears = [tensor for tensor in tensors if tensor.info.layer >= 0]
-    active = sum(t.weights * (share if ".experts." in t.info.name else 1.0) for t in linears)
+    inside = [tensor for tensor in tensors if tensor.info.layer >= 0]
+    active = sum(t.weights * (share if ".experts." in t.info.name else 1.0) for t in inside)
     # Forward, forward once more and back; logits, and back from them.
     work = Work(matmul=2 * tokens * (3 * active + 2 * spec.vocab_size * spec.hidden_size))
-    rows = rows_of_chains(spec)
-    for tensor in linears:
-        r = rows.get(_linear(tensor), 0)
-        n = tensor.info.shape[0]
-        work += Work(matmul=2 * tokens * n * r + r * math.prod(tensor.info.shape), factor=n * r**2 / 3)
-    read = 2 * sum(2 * t.weights for t in linears)
-    return work + Work(transferred=read)
+    for tensor in inside:
+        if _linear(tensor) in linears(spec):
+            n, k = tensor.info.shape
+            work += Work(matmul=2 * tokens * n**2 + n**2 * k, factor=n**3 / 3)
+    return work + Work(transferred=4 * sum(tensor.weights for tensor in inside))
 
 
 def _moments(spec: ModelSpec, tensors: list[StoredTensor]) -> list[dict[str, int]]:
     """How many numbers the moments of each weight are, by layer."""
-    rows = rows_of_chains(spec)
     found: list[dict[str, int]] = [{"": 0} for _ in range(spec.num_hidden_layers)]
     for tensor in tensors:
-        if tensor.info.layer >= 0 and _linear(tensor) in rows:
-            found[tensor.info.layer][tensor.info.name] = tensor.info.shape[0] * rows[_linear(tensor)]
+        if tensor.info.layer >= 0 and _linear(tensor) in linears(spec):
+            found[tensor.info.layer][tensor.info.name] = tensor.info.shape[0] ** 2
     return found
 
 

@@ -165,9 +165,7 @@ class CalibratedLayer:
         originals = FLOAT * (twice - 1) * qkv * hidden_size
         solved = CODE * (qkv * hidden_size)
         yield Stage("reading", hidden + FLOAT * _weights(resident) + 3 * largest(resident))
-        yield Stage(
-            "solving q, k and v", held + self._solve(qkv, hidden_size, hidden_size, chain=spec.head_dim)
-        )
+        yield Stage("solving q, k and v", held + self._solve(qkv, hidden_size, hidden_size, chain=q))
         moments = FLOAT * q * (q + (twice - 1) * hidden_size)
         yield Stage("attention", held + solved + originals + contexts + activations + moments)
         yield Stage(
@@ -193,7 +191,7 @@ class CalibratedLayer:
         rows of a `chain` may make up for each other."""
         aiming = FLOAT * columns * (rows + lack) if aimed and self.recipe.correct_targets else 0
         if chain and self.recipe.output_aware:
-            aiming += FLOAT * rows * (3 * chain + 2 * columns)
+            aiming += FLOAT * rows * (3 * chain + 4 * columns)
         return solve_bytes(1, rows, columns) + aiming
 
     def _mlp(self, whose: str, held: float, ffn: int, keep: bool, aimed: bool) -> Iterator[Stage]:

@@ -6,8 +6,8 @@ tr(G D H Dᵀ) / 2, G = E[g gᵀ] and H = E[x xᵀ] (Martens & Grosse 2015, arXi
 2025, arXiv:2505.22988). Where outputs are correlated in G, the error of one row can be made up for by others
 (chains.py).
 
-G is kept where that pays: within each head of q, k and v, and over all outputs of what is added to the hidden states.
-Gate and up, where it would gain little (docs/quantization.md), have none, and neither have experts.
+G is kept where that pays: of q, k and v, and of what is added to the hidden states. Gate and up, which are wider and
+gain less (docs/quantization.md), have none, and neither have experts.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ from qwen_quant.quantize.calibration import Calibration
 from qwen_quant.quantize.gradients import backward
 from qwen_quant.spec import ModelSpec
 
-# Tokens that gradients are taken of, for each of the longest chain's rows: G of few tokens is mostly chance.
+# Tokens that gradients are taken of, for each of the hidden states' channels: G of few tokens is mostly chance.
 TOKENS_FOR_EACH = 64
 
 
 class RowMoments:
-    """G of each linear that has one, in memory or in files: in chains of R rows that have nothing to do with each
-    other."""
+    """G of each linear that has one, in memory or in files."""
 
     def __init__(self, spec: ModelSpec, folder: Path | None = None) -> None:
-        self._rows, self._folder = rows_of_chains(spec), folder
-        self._sums: dict[str, list[Calibration]] = {}  # of the chains of a layer
+        self._names, self._folder = linears(spec), folder
+        self._sums: dict[str, Calibration] = {}  # of a layer
         self._kept: dict[str, Tensor] = {}
 
     @classmethod
@@ -51,49 +50,38 @@ class RowMoments:
         return found
 
     def of(self, weight: str, device: torch.device | str = "cpu") -> Tensor | None:
-        """G [C, R, R] of the weight [C * R, K] of this name, None where there is none."""
+        """G [N, N] of the weight [N, K] of this name, None where there is none."""
         found = self._kept.get(weight)
         return None if found is None else found.to(device)
 
     def measure(self, name: str, by_output: Tensor) -> Tensor | None:
         """The gradients themselves [T, N], where they are counted."""
-        return by_output if name in self._rows else None
+        return by_output if name in self._names else None
 
     def count(self, weight: str, measured: Tensor) -> None:
         """Add gradients [T, N] to the moments of a weight."""
         if not torch.isfinite(measured.sum()):
             raise CalibrationError(f"{weight}: gradients are not finite; the checkpoint is broken")
-        chains = measured.split(self._rows_of(weight), dim=1)
         if weight not in self._sums:
-            # Ranks share what is large enough: each would have to send all heads.
-            alone = len(chains) == 1
-            self._sums[weight] = [
-                Calibration(chain.shape[1], weight, chain.device, shared=alone) for chain in chains
-            ]
-        for moments, chain in zip(self._sums[weight], chains, strict=True):
-            moments.add(chain)
+            self._sums[weight] = Calibration(measured.shape[1], weight, measured.device, shared=True)
+        self._sums[weight].add(measured)
 
     def layer_passed(self) -> None:
         """Set the moments of a layer aside."""
-        for weight, chains in self._sums.items():
-            moments = torch.stack([shrunk(chain.hessian, chain.n_tokens) for chain in chains])
-            self._kept[weight] = scratch.copy(moments.cpu(), self._folder) if self._folder else moments.cpu()
+        for weight, sums in self._sums.items():
+            moments = shrunk(sums.hessian, sums.n_tokens).cpu()
+            self._kept[weight] = scratch.copy(moments, self._folder) if self._folder else moments
         self._sums = {}
         scratch.let_go()
 
-    def _rows_of(self, weight: str) -> int:
-        return next(rows for name, rows in self._rows.items() if weight.endswith(f".{name}.weight"))
 
-
-def rows_of_chains(spec: ModelSpec) -> dict[str, int]:
-    """How many rows each chain has, by the linear's name in its layer."""
-    found = dict.fromkeys(spec.names.qkv, spec.head_dim)
-    added = (spec.names.output, spec.names.mlp[-1], "mlp.shared_expert.down_proj")
-    return found | dict.fromkeys(added, spec.hidden_size)
+def linears(spec: ModelSpec) -> tuple[str, ...]:
+    """The names, within a layer, of those whose outputs' moments are kept."""
+    return (*spec.names.qkv, spec.names.output, spec.names.mlp[-1], "mlp.shared_expert.down_proj")
 
 
 def shrunk(moments: Tensor, tokens: int) -> Tensor:
-    """Moments [R, R] of few tokens with less trust in what is off the diagonal, where chance adds R / tokens."""
+    """Moments [N, N] of few tokens with less trust in what is off the diagonal, where chance adds N / tokens."""
     share = tokens / (tokens + len(moments))
     return share * moments + (1 - share) * torch.diag(moments.diagonal())
 

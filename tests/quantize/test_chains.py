@@ -51,8 +51,10 @@ def entry_by_entry(
     w: torch.Tensor, rows: torch.Tensor, hessian: torch.Tensor, grid: AffineGrid, scales: torch.Tensor
 ) -> torch.Tensor:
     """Each entry rounded to what makes the whole loss least, given those after it; those before it are free to
-    follow. Least squares with the dense G ⊗ H; columns in the solver's order, rows from the last one."""
+    follow. Least squares with the dense G ⊗ H; rows and columns in the solver's order."""
     n, k = w.shape
+    by_row = torch.argsort(torch.diagonal(rows), stable=True)
+    w, rows, scales = w[by_row], rows[by_row][:, by_row], scales[by_row]
     order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True).flip(0)
     whole = torch.kron(rows.double(), hessian.double()[order][:, order])
     columns = w.double()[:, order].flatten()
@@ -70,7 +72,7 @@ def entry_by_entry(
         target[index] = grid.value(code, scale[index], torch.tensor(8.0, dtype=torch.float64))
         solved[index] = True
     found = torch.empty(n, k, dtype=torch.float64)
-    found[:, order] = target.view(n, k)
+    found[by_row[:, None], order] = target.view(n, k)
     return found
 
 
@@ -81,7 +83,7 @@ def test_makes_the_choices_of_dense_least_squares(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(descend, "SWEEPS", 0)  # which goes on from these choices
     monkeypatch.setattr(chains, "TOGETHER", 1)
     monkeypatch.setattr(chains, "DAMPING", 1e-9)
-    [found] = solve([w], hessian, grid, damp_percent=1e-6, row_moments=[rows[None]])
+    [found] = solve([w], hessian, grid, damp_percent=1e-6, row_moments=[rows])
     scales = found.tensor.scales.scale.expand(n, k)
     expected = entry_by_entry(w, rows, hessian, grid, scales)
     assert (found.tensor.decode().double() - expected).abs().max() < 1e-4 * float(scales.max())
@@ -91,25 +93,26 @@ def test_makes_the_choices_of_dense_least_squares(monkeypatch: pytest.MonkeyPatc
     "grid", [IntGrid(4, 32), IntGrid(2, 32, sym=False), Q4_0(), Q4_K()], ids=lambda g: g.name
 )
 @pytest.mark.parametrize("desc_act", [False, True])
-def test_the_loss_falls_and_chains_are_each_alone(grid: AffineGrid, desc_act: bool) -> None:
+def test_the_loss_falls_and_each_weight_has_its_own_chain(grid: AffineGrid, desc_act: bool) -> None:
     if desc_act and not isinstance(grid, IntGrid):
         pytest.skip("act-order is GPTQ's")
     w = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
-    rows = torch.stack([moments(32), moments(32, 1)])
+    rows = [moments(32), moments(32, 1)]
     hessian = moments(256, 2)
     [plain] = solve([w], hessian, grid, desc_act=desc_act)
-    first, second = solve(
-        [w[:32], w[32:]], hessian, grid, desc_act=desc_act, row_moments=[rows[:1], rows[1:]]
-    )
-    [both] = solve([w], hessian, grid, desc_act=desc_act, row_moments=[rows])
-    assert torch.equal(torch.cat([first.tensor.codes, second.tensor.codes]), both.tensor.codes)
+    first, second = solve([w[:32], w[32:]], hessian, grid, desc_act=desc_act, row_moments=rows)
+    [alone] = solve([w[32:]], hessian, grid, desc_act=desc_act, row_moments=rows[1:])
+    assert torch.equal(second.tensor.codes, alone.tensor.codes)
     whole = torch.block_diag(*rows)
-    decoded = both.tensor.decode()
+    decoded = torch.cat([first.tensor.decode(), second.tensor.decode()])
     assert loss_of(w, decoded, whole, hessian) < 0.97 * loss_of(w, plain.tensor.decode(), whole, hessian)
     error = (w - decoded).double()
-    torch.testing.assert_close(both.cost, ((error @ hessian.double()) * error).sum(1), rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(both.size, plain.size)
-    torch.testing.assert_close(both.rtn_cost, plain.rtn_cost)
+    cost, size, rtn_cost = (
+        torch.cat([getattr(x, n) for x in (first, second)]) for n in ("cost", "size", "rtn_cost")
+    )
+    torch.testing.assert_close(cost, ((error @ hessian.double()) * error).sum(1), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(size, plain.size)
+    torch.testing.assert_close(rtn_cost, plain.rtn_cost)
 
 
 def loss_of(w: torch.Tensor, q: torch.Tensor, rows: torch.Tensor, hessian: torch.Tensor) -> float:
@@ -127,7 +130,7 @@ def test_uncorrelated_rows_are_solved_as_without() -> None:
     w, hessian = torch.randn(16, 64), moments(64)
     [plain] = solve([w], hessian, IntGrid(4, 32))
     for diagonal in (torch.ones(16), torch.rand(16) + 0.1, torch.zeros(16)):
-        [found] = solve([w], hessian, IntGrid(4, 32), row_moments=[torch.diag(diagonal)[None]])
+        [found] = solve([w], hessian, IntGrid(4, 32), row_moments=[torch.diag(diagonal)])
         assert torch.equal(found.tensor.codes, plain.tensor.codes)
 
 
@@ -170,12 +173,12 @@ def test_moments_are_those_of_autograd(make_checkpoint: Callable[..., Path], cha
     loss = -torch.log_softmax(logits, -1).gather(1, drawn).sum()
     [gradient] = torch.autograd.grad(loss, outputs)
     g = gradient.flatten(0, 1)
-    expected = shrunk(g.T @ g / len(g), len(g))[None]
+    expected = shrunk(g.T @ g / len(g), len(g))
     moment = found.of(f"{name}.weight", "cpu")
     assert moment is not None
     torch.testing.assert_close(moment, expected, rtol=1e-3, atol=1e-4 * float(expected.max()))
     queries = found.of("model.layers.1.self_attn.q_proj.weight", "cpu")
-    assert queries is not None and queries.shape == (4, 32, 32)
+    assert queries is not None and queries.shape == (128, 128)
     assert found.of("model.layers.1.mlp.gate_proj.weight", "cpu") is None
 
 
@@ -191,14 +194,14 @@ SHARED = {
 @pytest.mark.parametrize(
     ("family", "changes", "shapes"),
     [
-        ("make_qwen1", {"num_hidden_layers": 1}, {"attn.c_attn": (12, 16, 16), "mlp.c_proj": (1, 64, 64)}),
+        ("make_qwen1", {"num_hidden_layers": 1}, {"attn.c_attn": (192, 192), "mlp.c_proj": (64, 64)}),
         (
             "make_checkpoint",
             SHARED,
             {
-                "self_attn.k_proj": (2, 16, 16),
-                "self_attn.o_proj": (1, 64, 64),
-                "mlp.shared_expert.down_proj": (1, 64, 64),
+                "self_attn.k_proj": (32, 32),
+                "self_attn.o_proj": (64, 64),
+                "mlp.shared_expert.down_proj": (64, 64),
                 "mlp.experts.0.down_proj": None,
                 "mlp.gate": None,
             },
