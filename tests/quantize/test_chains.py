@@ -252,3 +252,12 @@ def test_what_is_not_finite_is_named(make_checkpoint: Callable[..., Path], facto
     windows = np.random.default_rng(0).integers(0, 320, (4, 32)).astype(np.int32)
     with pytest.raises(CalibrationError, match=r"model\.layers\.\d.* (not finite|too much)"):
         list(gptq_layers(checkpoint, linear_grid(Q4_0()), windows, Recipe(output_aware=True)))
+
+
+def test_the_same_bits_from_files(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint, recipe = Checkpoint(make_checkpoint()), Recipe(output_aware=True)
+    windows = np.random.default_rng(0).integers(0, 320, (20, 64)).astype(np.int32)  # two batches
+    plain = gptq_layers(checkpoint, linear_grid(Q4_0()), windows, recipe)
+    spilled = gptq_layers(checkpoint, linear_grid(Q4_0()), windows, recipe, spill=tmp_path / "files")
+    for first, second in zip(plain, spilled, strict=True):
+        assert all(np.array_equal(t.codes, second.tensors[n].codes) for n, t in first.tensors.items())
