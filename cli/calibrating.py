@@ -33,6 +33,7 @@ class CalibrationOptions:
     seed: int
     damp_percent: float
     correct_targets: bool
+    output_aware: bool
     device: str
     no_calibration: bool
     resume: bool
@@ -54,6 +55,7 @@ def recipe_of(options: CalibrationOptions, desc_act: bool = False) -> Recipe:
         seed=options.seed,
         damp_percent=options.damp_percent,
         correct_targets=options.correct_targets,
+        output_aware=options.output_aware,
         desc_act=desc_act,
         device=options.device,
     )
@@ -237,6 +239,15 @@ def unknown_tensors(checkpoint: Checkpoint) -> list[str]:
         return []
     some = f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}"
     return [f"{checkpoint.folder}: {len(names)} tensors are {UNKNOWN} and left out: {some}"]
+
+
+def plain_experts(checkpoint: Checkpoint, options: CalibrationOptions) -> list[str]:
+    """A note that --output-aware does nothing for experts; none where there are none."""
+    if checkpoint.spec.moe is None or not options.output_aware:
+        return []
+    return [
+        f"{checkpoint.folder}: --output-aware is for attention and dense layers; experts are solved without it"
+    ]
 
 
 def announce(notes: list[str]) -> None:

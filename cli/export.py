@@ -110,6 +110,7 @@ def command(
     ] = None,
     damp_percent: options.DampPercent = 0.01,
     correct_targets: options.CorrectTargets = True,
+    output_aware: options.OutputAware = False,
     dataset: options.Dataset = "builtin",
     num_samples: options.NumSamples = 128,
     seq_len: options.SeqLen = 512,
@@ -175,6 +176,7 @@ def run(options: ExportOptions) -> None:
     max_ram = planning.parse_ram(options.max_ram)
     checkpoint = Checkpoint.open(options.model)
     remarks = notes(checkpoint) + calibrating.unknown_tensors(checkpoint)
+    remarks += calibrating.plain_experts(checkpoint, options)
     if not options.json:
         calibrating.announce(remarks)
     types = TypeOptions.parse(

@@ -33,6 +33,7 @@ def run(options: ExportOptions) -> None:
     max_ram = planning.parse_ram(options.max_ram)
     checkpoint = Checkpoint.open(options.model)
     remarks = notes(checkpoint) + calibrating.unknown_tensors(checkpoint) + cache_notes(options)
+    remarks += calibrating.plain_experts(checkpoint, options)
     if not options.json:
         calibrating.announce(remarks)
     form = form_of(options)

@@ -43,6 +43,7 @@ def command(
     ] = False,
     damp_percent: options.DampPercent = 0.01,
     correct_targets: options.CorrectTargets = True,
+    output_aware: options.OutputAware = False,
     dataset: options.Dataset = "builtin",
     num_samples: options.NumSamples = 128,
     seq_len: options.SeqLen = 512,
@@ -92,6 +93,7 @@ def run(options: GPTQOptions) -> None:
     max_ram = planning.parse_ram(options.max_ram)
     checkpoint = Checkpoint.open(options.model)
     remarks = notes(checkpoint, grid) + calibrating.unknown_tensors(checkpoint)
+    remarks += calibrating.plain_experts(checkpoint, options)
     if not options.json:
         calibrating.announce(remarks)
     stored = stored_tensors(checkpoint, grid, options.tied_head)

@@ -78,6 +78,13 @@ CorrectTargets = Annotated[
         help="Make up for what quantizing earlier layers did: better, but calibration computes each layer twice.",
     ),
 ]
+OutputAware = Annotated[
+    bool,
+    typer.Option(
+        "--output-aware/--no-output-aware",
+        help="Weigh errors by what they do to the predictions: better, but takes a backward pass through the model.",
+    ),
+]
 Dataset = Annotated[
     str,
     typer.Option("--dataset", help="'builtin', a .txt or .jsonl file, a folder, or a Hugging Face data set."),

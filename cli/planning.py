@@ -64,7 +64,7 @@ def make_plan(
         pick_device(recipe.device)
     base = resident_bytes() if base is None else base
     plan = plan_run(checkpoint.spec, tensors, recipe, base, beside=beside)
-    if plan.hidden_states + plan.kept > IN_MEMORY and can_spill(recipe):
+    if plan.set_aside > IN_MEMORY and can_spill(recipe):
         plan = plan_run(checkpoint.spec, tensors, recipe, base, beside=beside, spill=True)
     return plan if max_ram is None else fit(plan, checkpoint.spec, recipe, max_ram, str(checkpoint.folder))
 
@@ -129,7 +129,7 @@ def fields(plan: Plan, speed: Speed) -> dict[str, Any]:
         "worst_stage": plan.worst.name,
         "hidden_states_mb": plan.hidden_states / 1e6,
         "keep_activations": plan.keep_activations,
-        "spilled_mb": (plan.hidden_states + plan.kept) * plan.spill / 1e6,
+        "spilled_mb": plan.set_aside * plan.spill / 1e6,
         "seconds": sum(parts.values()),
         "seconds_of": parts,
     }
@@ -197,7 +197,7 @@ def print_summary(plan: Plan, speed: Speed, options: GPTQOptions | ExportOptions
     again = "" if plan.keep_activations else ", activations computed twice to fit --max-ram"
     kept = f", of which hidden states {size(plan.hidden_states)}" if plan.hidden_states else ""
     if plan.spill:
-        kept = f", activations of {size(plan.hidden_states + plan.kept)} in files beside the output"
+        kept = f", activations of {size(plan.set_aside)} in files beside the output"
     print(f"memory: about {size(plan.peak)} ({plan.worst.name}){kept}{again}")
     print(
         f"time: about {_duration(total)}, {max(seconds):.1f} s for a layer (an estimate for this machine while "

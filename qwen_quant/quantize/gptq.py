@@ -4,7 +4,8 @@ Minimises tr((W - Q) H (W - Q)ᵀ) column by column: each column is rounded afte
 spread into it. Columns go in order of falling diag(H) ("act-order"); unless `desc_act` is set the groups stay in
 their stored order, so that no reader needs an index for it.
 
-Then codes and scales descend further together (descend.py).
+Then codes and scales descend further together (descend.py). Rows are independent, unless the moments of the gradients
+by their outputs are given (chains.py).
 
 Errors are spread by the Cholesky factor of H itself (factor.py), in the form of Babai's nearest plane: it makes the
 same choices as the factor of H⁻¹ in the first paper (Chen et al. 2025, arXiv:2507.18553) and needs no inverse.
@@ -23,11 +24,13 @@ import torch
 from torch import Tensor
 
 from qwen_quant.grids.base import AffineGrid, QuantizedTensor, Scales
+from qwen_quant.quantize.chains import in_chain
 from qwen_quant.quantize.compensate import Columns, compensate, rounding_error, select
 from qwen_quant.quantize.descend import Descent
 from qwen_quant.quantize.factor import Factor, factorise, output_error
-from qwen_quant.quantize.parallel import each_on_its_thread
+from qwen_quant.quantize.parallel import Item, OnEach, Result, each_on_its_thread
 from qwen_quant.quantize.ranks import each_on_its_rank, shares
+from qwen_quant.quantize.rows import Rounded, Rows
 
 FLOATS_AT_ONCE = 1 << 24  # weights of the rows that are solved together: bounds the temporaries
 ROWS_AT_ONCE = 512  # of them on a CPU, so that there are pieces for all threads and ranks
@@ -58,21 +61,6 @@ class Solution:
     def rtn_error(self) -> float:
         """The same of plain rounding."""
         return float(self.rtn_cost.sum() / self.size.sum().clamp(min=1e-30))
-
-
-@dataclass
-class _Rows:
-    """What is found for some rows: codes uint8 [E, N, K] in stored order, scales [E, N, G], and diag(D H Dᵀ) [E, N] of
-    the solve's error D, of plain rounding's, and of W itself."""
-
-    codes: Tensor
-    scales: Scales
-    cost: Tensor
-    rtn_cost: Tensor
-    size: Tensor
-
-
-OnEach = Callable[[Callable[[Tensor], _Rows], Sequence[Tensor]], list[_Rows]]
 
 
 @dataclass
@@ -133,26 +121,36 @@ class _Problem:
             return None
         return self.sequence.argsort(-1) // self.grid.columns_per_group(self.order.shape[1])
 
-    def solve(self, weights: Tensor, every: int) -> _Rows:
+    def solve(self, weights: Tensor, every: int) -> Rows:
         """Quantize rows [E, N, K], and measure one in `every`."""
-        w = select(weights.mT, self.sequence)  # [E, K, N]
-        places = self.sequence.argsort(-1).gather(1, self.order)  # of the columns, in the solver's order
+        return self.measured((weights, self.round(weights)), every)
+
+    def round(self, weights: Tensor) -> Rounded:
+        """Quantize rows [E, N, K]."""
+        w, stored = select(weights.mT, self.sequence), self.sequence.argsort(-1)  # [E, K, N]
+        places = stored.gather(1, self.order)  # of the columns, in the solver's order
         groups = places // self.grid.columns_per_group(w.shape[1])
         scales = self._fit(w.mT, self.input.importance.gather(1, self.sequence))
-        ordered = select(w, places)
-        codes = compensate(ordered, self.factor, self.grid, Columns(scales, groups))
+        codes = compensate(select(w, places), self.factor, self.grid, Columns(scales, groups))
         descent = Descent.begin(
             self.grid, w, select(codes, places.argsort(-1)), scales, self.hessian, self.factor.added
         )
         descent.run(self.factor.failed)
-        codes = select(descent.codes, self.sequence.argsort(-1)).mT.contiguous()
-        error, some = select(descent.error[:, :, ::every], places), ordered[:, :, ::every].contiguous()
-        plain = Columns(self._fit(weights[:, ::every]), self.order // self.grid.columns_per_group(w.shape[1]))
-        differences = (error, rounding_error(some, self.grid, plain), some)
-        costs = torch.zeros(3, *weights.shape[:2], dtype=torch.float64, device=w.device)
+        missed = select(descent.error, stored) if self.desc_act else descent.error
+        return Rounded(select(descent.codes, stored).mT.contiguous(), descent.scales, missed.mT)
+
+    def measured(self, pair: tuple[Tensor, Rounded], every: int) -> Rows:
+        """What was found for rows [E, N, K], with the errors of one in `every`."""
+        weights, found = pair
+        some = weights[:, ::every]
+        plain = Columns(self._fit(some), self.order // self.grid.columns_per_group(weights.shape[2]))
+        ordered = select(some.mT, self.order)
+        error = select(found.missed[:, ::every].mT, self.order)
+        differences = (error, rounding_error(ordered, self.grid, plain), ordered)
+        costs = torch.zeros(3, *weights.shape[:2], dtype=torch.float64, device=weights.device)
         for cost, difference in zip(costs, differences, strict=True):
             cost[:, ::every] = output_error(difference, self.factor)
-        return _Rows(codes, descent.scales, *costs)
+        return Rows(found.codes, found.scales, *costs)
 
     def _fit(self, weights: Tensor, importance: Tensor | None = None) -> Scales:
         """Scales [E, N, G] for weights [E, N, K] and importance [E, K]."""
@@ -170,14 +168,17 @@ def solve(
     *,
     damp_percent: float = 0.01,
     desc_act: bool = False,
+    row_moments: Sequence[Tensor | None] = (),
 ) -> list[Solution]:
     """Quantize weights [N_i, K] that share an input with second moments `hessian` [K, K].
 
-    `grids` is one for all or one for each. All ranks solve together, each some of the rows.
+    `grids` is one for all or one for each; `row_moments` are those of the gradients by each weight's outputs,
+    [N_i, N_i] (row_moments.py), of all weights or none. All ranks solve together, each some of the rows.
     """
     each = [grids] * len(weights) if isinstance(grids, AffineGrid) else list(grids)
     shared = Input.of(hessian[None], damp_percent)
-    return solve_input([weight[None] for weight in weights], shared, each, desc_act, _each_on_all_ranks)[0]
+    stacks = [weight[None] for weight in weights]
+    return solve_input(stacks, shared, each, desc_act, _each_on_all_ranks, row_moments)[0]
 
 
 def solve_stack(
@@ -204,10 +205,10 @@ def solve_stack(
     return [solution for found in each_on_its_thread(solve_part, parts) for solution in found]
 
 
-def _each_on_all_ranks(function: Callable[[Tensor], _Rows], pieces: Sequence[Tensor]) -> list[_Rows]:
+def _each_on_all_ranks(function: Callable[[Item], Result], items: Sequence[Item], /) -> list[Result]:
     """`each_on_its_thread`, with the threads of all ranks."""
-    found = each_on_its_rank(lambda some: each_on_its_thread(function, some), shares(pieces))
-    return [rows for some in found for rows in some]
+    found = each_on_its_rank(lambda some: each_on_its_thread(function, some), shares(items))
+    return [result for some in found for result in some]
 
 
 def solve_input(
@@ -216,27 +217,37 @@ def solve_input(
     grids: Sequence[AffineGrid],
     desc_act: bool = False,
     on_each: OnEach = each_on_its_thread,
+    row_moments: Sequence[Tensor | None] = (),
 ) -> list[list[Solution]]:
-    """`solve_stack` on this thread, of an input that is factored already; one grid for each weight."""
+    """`solve_stack` on this thread, of an input that is factored already; one grid for each weight. `row_moments` as in
+    `solve`, for a stack of one."""
     members: dict[str, list[int]] = {}
     for index, grid in enumerate(grids):
         members.setdefault(grid.name, []).append(index)
     solved: dict[int, list[Solution]] = {}
     for indices in members.values():
         problem = _Problem.of(grids[indices[0]], shared, desc_act)
-        found = _solve_together(problem, [weights[index] for index in indices], on_each)
+        moments = [of for index in indices if row_moments and (of := row_moments[index]) is not None]
+        found = _solve_together(problem, [weights[index] for index in indices], on_each, moments)
         solved |= dict(zip(indices, found, strict=True))
     return [[solved[index][e] for index in range(len(weights))] for e in range(len(shared.order))]
 
 
-def _solve_together(problem: _Problem, weights: list[Tensor], on_each: OnEach) -> list[list[Solution]]:
+def _solve_together(
+    problem: _Problem, weights: list[Tensor], on_each: OnEach, row_moments: list[Tensor]
+) -> list[list[Solution]]:
     """Solutions of each weight [E, N_i, K] on the problem's grid, E of them.
 
-    The weights are put together along N, which changes nothing in the result (rows are independent) and saves passes.
+    The weights are put together along N, which changes nothing in the result (rows are independent) and saves passes;
+    not those with `row_moments`.
     """
-    w = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)  # [E, N, K]
     every = MEASURED if min(weight.shape[1] for weight in weights) >= LARGE else 1
-    found = _joined(on_each(partial(problem.solve, every=every), w.split(_rows_at_once(w), dim=1)))
+    if row_moments:
+        each = zip(weights, row_moments, strict=True)
+        found = Rows.joined([_solve_in_chain(problem, *pair, every, on_each) for pair in each])
+    else:
+        w = weights[0] if len(weights) == 1 else torch.cat(weights, dim=1)  # [E, N, K]
+        found = Rows.joined(on_each(partial(problem.solve, every=every), _pieces(w)))
     index, factor = problem.group_index(), problem.factor
     solutions: list[list[Solution]] = []
     start = 0
@@ -244,7 +255,7 @@ def _solve_together(problem: _Problem, weights: list[Tensor], on_each: OnEach) -
         rows = slice(start, start + weight.shape[1])
         start = rows.stop
         solutions.append([])
-        for e in range(len(w)):
+        for e in range(len(problem.order)):
             scales = Scales(found.scales.scale[e, rows], found.scales.offset[e, rows])
             group_index = None if index is None else index[e]
             tensor = QuantizedTensor(problem.grid, found.codes[e, rows], scales, group_index)
@@ -255,21 +266,23 @@ def _solve_together(problem: _Problem, weights: list[Tensor], on_each: OnEach) -
     return solutions
 
 
+def _solve_in_chain(problem: _Problem, w: Tensor, row_moments: Tensor, every: int, on_each: OnEach) -> Rows:
+    """What is found for rows w [E, N, K] that make up for each other as their outputs' moments [N, N] say."""
+    rounded = in_chain(w, row_moments, lambda rows: on_each(problem.round, _pieces(rows)))
+    pieces = _pieces(w)
+    size = pieces[0].shape[1]
+    pairs = list(zip(pieces, rounded.split(size), strict=True))
+    return Rows.joined(on_each(partial(problem.measured, every=every), pairs))
+
+
+def _pieces(w: Tensor) -> tuple[Tensor, ...]:
+    """Rows [E, N, K] are independent: each thread takes some at a time, MEASURED or a multiple."""
+    return w.split(_rows_at_once(w), dim=1)
+
+
 def _rows_at_once(w: Tensor) -> int:
-    """Rows are independent: each thread takes some at a time, MEASURED or a multiple."""
     threads, bound = 1, FLOATS_AT_ONCE // (w.shape[0] * w.shape[2])
     if w.device.type == "cpu":
         threads = torch.get_num_threads()
         bound = min(bound // threads, ROWS_AT_ONCE)
     return -(-max(1, min(bound, -(-w.shape[1] // threads))) // MEASURED) * MEASURED
-
-
-def _joined(parts: list[_Rows]) -> _Rows:
-    """The same for all rows."""
-
-    def join(of: Callable[[_Rows], Tensor]) -> Tensor:
-        return torch.cat([of(part) for part in parts], dim=1)
-
-    scales = Scales(join(lambda part: part.scales.scale), join(lambda part: part.scales.offset))
-    costs = (join(lambda part: part.cost), join(lambda part: part.rtn_cost), join(lambda part: part.size))
-    return _Rows(join(lambda part: part.codes), scales, *costs)

@@ -255,6 +255,7 @@ class LayerRun(LayerWeights):
             list(grids.values()),
             damp_percent=self.recipe.damp_percent,
             desc_act=self.recipe.desc_act,
+            row_moments=self._row_moments(grids),
         )
         found = [self._solved(*pair, moments.n_tokens) for pair in zip(grids, solutions, strict=True)]
         self._take(found, elsewhere=False)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.grids.base import AffineGrid, QuantizedTensor
@@ -15,6 +15,7 @@ from qwen_quant.model import DecoderLayer, load_expert, load_layer
 from qwen_quant.quantize.gptq import Solution
 from qwen_quant.quantize.layer import LinearReport, QuantizedLayer, Stopwatch, to_numpy, to_torch
 from qwen_quant.quantize.recipe import GridChoice, Recipe
+from qwen_quant.quantize.row_moments import RowMoments
 from qwen_quant.spec import TensorInfo
 
 Solved = tuple[QuantizedTensor, LinearReport]
@@ -36,6 +37,7 @@ class LayerWeights:
         recipe: Recipe,
         device: torch.device,
         keep_activations: bool = True,
+        row_moments: RowMoments | None = None,
     ) -> None:
         self.watch = Stopwatch()
         self.checkpoint, self.index = checkpoint, index
@@ -45,7 +47,7 @@ class LayerWeights:
         self.spec = checkpoint.spec
         self.infos: dict[str, TensorInfo] = {i.name: i for i in checkpoint.spec.layer_tensors(index)}
         self.grids, self.recipe, self.device = grids, recipe, device
-        self.keep_activations = keep_activations
+        self.keep_activations, self.row_moments = keep_activations, row_moments
         self.result = QuantizedLayer(index)
 
     def chosen_grids(self) -> dict[str, AffineGrid]:
@@ -58,9 +60,13 @@ class LayerWeights:
         return recipe_record(self.recipe, self.chosen_grids())
 
     def weights(self) -> Iterator[tuple[str, np.ndarray]]:
-        """The layer's full-precision weights one by one; experts are not in memory yet and come from the files."""
+        """The layer's full-precision weights one by one; experts are not in memory yet and come from the files. And the
+        moments of the gradients, which the weights of all layers after it decide."""
         for name, value in sorted(self.layer.state_dict().items()):
             yield name, self.checkpoint.read(self.prefix + name) if value.is_meta else value.cpu().numpy()
+        for name in sorted(self.infos):
+            if self.row_moments is not None and (moments := self.row_moments.of(name)) is not None:
+                yield f"moments of {name}", moments.numpy()
 
     def _read(self, experts: range) -> None:
         self.watch.lap("calibrate")
@@ -77,6 +83,11 @@ class LayerWeights:
         """The linears of `names` that are quantized, and their grids."""
         found = {name: self.grids(self.infos[f"{self.prefix}{name}.weight"]) for name in names}
         return {name: grid for name, grid in found.items() if grid is not None}
+
+    def _row_moments(self, names: Iterable[str]) -> list[Tensor | None]:
+        """What is known of the gradients by the linears' outputs; nothing unless that is asked for."""
+        known = self.row_moments
+        return [None if known is None else known.of(f"{self.prefix}{n}.weight", self.device) for n in names]
 
     def _solved(self, name: str, solution: Solution, tokens: int, pooled: float = 0.0) -> Solved:
         """A solution in place of the weight it was made from."""

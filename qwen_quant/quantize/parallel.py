@@ -10,13 +10,19 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
 FEW = 4  # threads
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class OnEach(Protocol):
+    """`each_on_its_thread`, or the same with more than the threads of this process."""
+
+    def __call__(self, function: Callable[[Item], Result], items: Sequence[Item], /) -> list[Result]: ...
 
 
 def each_on_its_thread(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qwen_quant.errors import ResourceError
+from qwen_quant.quantize.plan_gradients import moment_bytes, moment_stage, moment_work, state_bytes
 from qwen_quant.quantize.plan_layer import (
     CODE,
     FLOAT,
@@ -50,12 +51,19 @@ class Plan:
     keep_activations: bool = True
     hidden_states: float = 0
     kept: float = 0  # of a layer's activations
-    spill: bool = False  # whether hidden states and what is kept lie in files
+    states: float = 0  # hidden states at every layer, for gradients
+    moments: float = 0  # of gradients, through the whole run
+    spill: bool = False  # whether all these lie in files
     beside: tuple[Stage, ...] = ()
 
     @property
     def output_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def set_aside(self) -> float:
+        """Bytes at most of what can lie in files."""
+        return self.hidden_states + max(self.kept, self.states) + self.moments
 
     @property
     def worst(self) -> Stage:
@@ -69,7 +77,7 @@ class Plan:
 
     def resident(self, stage: Stage) -> float:
         """Resident memory at `stage`, bytes."""
-        return self.base + stage.overhead + stage.nbytes
+        return self.base + stage.overhead + stage.nbytes + self.moments * (not self.spill)
 
     @property
     def work(self) -> Work:
@@ -103,7 +111,7 @@ def plan_run(
     hidden = FLOAT * (tokens + exact) * spec.hidden_size
     dense = any(not spec.is_sparse(layer) for layer in range(spec.num_hidden_layers))
     kept = NARROW * tokens * max(spec.q_size, spec.intermediate_size if dense else 0)
-    return Plan(
+    plan = Plan(
         tuple(tensors),
         tuple(layers),
         _outer_stage(spec, outer, tokens, exact, 0 if spill else hidden),
@@ -112,8 +120,25 @@ def plan_run(
         keep_activations,
         hidden,
         kept if keep_activations else 0,
-        spill,
-        beside,
+        spill=spill,
+        beside=beside,
+    )
+    return (
+        _output_aware(plan, spec, recipe) if tokens and recipe is not None and recipe.output_aware else plan
+    )
+
+
+def _output_aware(plan: Plan, spec: ModelSpec, recipe: Recipe) -> Plan:
+    """`plan` with the gradients that are taken first."""
+    tensors = list(plan.tensors)
+    gradients = moment_stage(spec, tensors, recipe, plan.spill)
+    held = 0 if plan.spill else plan.hidden_states
+    return replace(
+        plan,
+        outer=max(plan.outer, replace(gradients, nbytes=gradients.nbytes + held), key=lambda s: s.nbytes),
+        outer_work=plan.outer_work + moment_work(spec, tensors, recipe),
+        states=state_bytes(spec, recipe),
+        moments=moment_bytes(spec, tensors),
     )
 
 

@@ -1,7 +1,6 @@
 """What a run needs for what it does beside quantizing: memory in FP32 values, with the names of plan_layer.py.
 
-a budget, gradients   hidden states of G tokens at every layer, all weights of a layer (experts too), and what its
-                      backward pass keeps of B tokens; or the head [vocab, H], as it is read and in FP32
+a budget, gradients   plan_gradients.py
 a budget, losses      a layer as it is quantized, with the few windows that are measured
 the check of a file   all weights of a layer; then the file as its runtime holds it, with logits of the reference
                       [tokens, vocab]; less than elsewhere that no formula counts
@@ -13,17 +12,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from qwen_quant.quantize.experts import groups_of_experts
-from qwen_quant.quantize.gradients import POSITIONS
-from qwen_quant.quantize.inputs import TOKENS_AT_ONCE
+from qwen_quant.quantize.plan_gradients import gradient_stages
 from qwen_quant.quantize.plan_layer import FLOAT, PIECE, CalibratedLayer, Stage, largest
 from qwen_quant.quantize.recipe import Recipe
 from qwen_quant.quantize.sensitivity import GRADIENT_TOKENS, HESSIAN_TOKENS
 from qwen_quant.quantize.stored import StoredTensor
 from qwen_quant.spec import ModelSpec
 
-# Floats for each output of a token's projections that the backward pass of a layer keeps or makes.
-KEPT_ATTENTION, KEPT_MLP, KEPT_HIDDEN = 5, 6, 8
-HEAD = 1.5  # floats for each weight of the head while it is read
 # Copies of the stored weights that a runtime holds: our engine packed, and what it packs; onnxruntime packed, with FP32
 # scales, which are more of 4-bit blocks.
 ENGINE, PACKED_4BIT, PACKED_8BIT = 1.2, 1.12, 1.02
@@ -35,7 +30,9 @@ CHECKER = 60 << 20  # what has come to the process when its check begins, and fr
 
 def measuring(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) -> Stage:
     """The worst moment of measuring losses (sensitivity.py) for a file of `tensors`."""
-    stages = (*_gradients(spec, tensors, recipe), *_losses(spec, tensors, recipe))
+    tokens = recipe.seq_len * _windows(recipe, GRADIENT_TOKENS)
+    gradients = gradient_stages(spec, tensors, recipe.seq_len, tokens)
+    stages = (*gradients, *_losses(spec, tensors, recipe))
     worst = max(stages, key=lambda stage: stage.nbytes)
     return replace(
         worst, name=f"measuring losses, {worst.name}", remedy="give more, or fix the types with --type"
@@ -56,30 +53,11 @@ def _windows(recipe: Recipe, tokens: int) -> int:
     return min(recipe.num_samples, max(1, tokens // recipe.seq_len))
 
 
-def _gradients(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) -> Iterator[Stage]:
-    """gradients.py: forward through all layers, the head, and backward."""
-    tokens = recipe.seq_len * _windows(recipe, GRADIENT_TOKENS)
-    at_once = min(tokens, max(recipe.seq_len, TOKENS_AT_ONCE))
-    hidden = FLOAT * tokens * spec.hidden_size
-    states = hidden * (spec.num_hidden_layers + 1)
-    vocabulary = HEAD * spec.vocab_size * spec.hidden_size + 4 * POSITIONS * spec.vocab_size
-    yield Stage("gradients at the head", states + 2 * hidden + FLOAT * vocabulary)
-    qkv = spec.q_size + 2 * spec.kv_size
-    for layer in range(spec.num_hidden_layers):
-        mine = [tensor for tensor in tensors if tensor.info.layer == layer]
-        ffn = spec.intermediate_size
-        if spec.moe is not None and spec.is_sparse(layer):
-            moe = spec.moe
-            ffn = moe.num_experts_per_tok * moe.moe_intermediate_size
-            ffn += moe.shared_expert_intermediate_size or 0
-        kept = at_once * (KEPT_ATTENTION * qkv + KEPT_MLP * ffn + KEPT_HIDDEN * spec.hidden_size)
-        held = states + 3 * hidden + _floats(mine)
-        yield Stage(f"gradients of layer {layer}", held + FLOAT * kept)
-
-
 def _losses(spec: ModelSpec, tensors: list[StoredTensor], recipe: Recipe) -> Iterator[Stage]:
     """The layers once more, each tensor tried on all grids of its menu; then embedding and head, some rows of them."""
-    few = replace(recipe, num_samples=_windows(recipe, HESSIAN_TOKENS), correct_targets=False)
+    few = replace(
+        recipe, num_samples=_windows(recipe, HESSIAN_TOKENS), correct_targets=False, output_aware=False
+    )
     for layer in range(spec.num_hidden_layers):
         mine = [tensor for tensor in tensors if tensor.info.layer == layer]
         yield CalibratedLayer(spec, layer, mine, few, True).plan().worst

@@ -166,10 +166,13 @@ class CalibratedLayer:
         originals = FLOAT * (twice - 1) * qkv * hidden_size
         solved = CODE * (qkv * hidden_size)
         yield Stage("reading", hidden + FLOAT * _weights(resident) + 3 * largest(resident))
-        yield Stage("solving q, k and v", held + self._solve(qkv, hidden_size, hidden_size))
+        yield Stage("solving q, k and v", held + self._solve(qkv, hidden_size, hidden_size, chain=q))
         moments = FLOAT * q * (q + (twice - 1) * hidden_size)
         yield Stage("attention", held + solved + originals + contexts + activations + moments)
-        yield Stage("solving o", held + solved + contexts + self._solve(hidden_size, q, hidden_size))
+        yield Stage(
+            "solving o",
+            held + solved + contexts + self._solve(hidden_size, q, hidden_size, chain=hidden_size),
+        )
         codes = CODE * _weights([t for t in self.tensors if t.quantized])
         if self.moe is None:
             aimed = self.recipe.correct_targets
@@ -184,9 +187,12 @@ class CalibratedLayer:
                 yield from self._mlp("the shared expert's ", held + codes, ffn, keep=False, aimed=False)
         yield Stage("writing", hidden + codes + _packing(self.tensors))
 
-    def _solve(self, rows: int, columns: int, lack: int, aimed: bool = True) -> float:
-        """Bytes of a solve of weights [rows, columns], for targets where `aimed`: `lack` rows of moments beside it."""
+    def _solve(self, rows: int, columns: int, lack: int, aimed: bool = True, chain: int = 0) -> float:
+        """Bytes of a solve of weights [rows, columns], for targets where `aimed`: `lack` rows of moments beside it. The
+        rows of a `chain` may make up for each other."""
         aiming = FLOAT * columns * (rows + lack) if aimed and self.recipe.correct_targets else 0
+        if chain and self.recipe.output_aware:
+            aiming += FLOAT * rows * (3 * chain + 4 * columns)
         return solve_bytes(1, rows, columns) + aiming
 
     def _mlp(self, whose: str, held: float, ffn: int, keep: bool, aimed: bool) -> Iterator[Stage]:
@@ -201,7 +207,9 @@ class CalibratedLayer:
         if aimed:  # the originals of gate and up, and what down lacks
             running += running + 3 * ffn * hidden_size
         yield Stage(f"running {whose}gate and up", held + FLOAT * (running + ffn * ffn))
-        yield Stage(f"solving {whose}down", held + self._solve(hidden_size, ffn, hidden_size, aimed))
+        yield Stage(
+            f"solving {whose}down", held + self._solve(hidden_size, ffn, hidden_size, aimed, hidden_size)
+        )
 
     def _experts(self, moe: MoESpec, held: float) -> Iterator[Stage]:
         """The largest group of experts, whose tokens are at most those of a forward pass at a time."""

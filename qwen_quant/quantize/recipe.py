@@ -17,7 +17,8 @@ GridChoice = Callable[[TensorInfo], AffineGrid | None]  # None leaves the tensor
 @dataclass(frozen=True)
 class Recipe:
     """How to calibrate and solve. `calibrate=False` is plain rounding on the same grids; `correct_targets` aims at
-    the outputs in full precision (targets.py)."""
+    the outputs in full precision (targets.py), `output_aware` weighs errors by what they do to the predictions
+    (row_moments.py)."""
 
     calibrate: bool = True
     dataset: str = "builtin"
@@ -27,6 +28,7 @@ class Recipe:
     damp_percent: float = 0.01
     desc_act: bool = False
     correct_targets: bool = True
+    output_aware: bool = False
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -36,6 +38,8 @@ class Recipe:
             raise UsageError("--num-samples must be at least 1 and --seq-len at least 2")
         if self.desc_act and not self.calibrate:
             raise UsageError("--desc-act orders columns by calibration; drop it or --no-calibration")
+        if self.output_aware and not self.calibrate:
+            raise UsageError("--output-aware needs calibration; drop it or --no-calibration")
 
     def record(self, data_hash: str = "") -> dict[str, Any]:
         """What is written into the artifact: the recipe, the hash of the calibration windows, our version."""

@@ -27,6 +27,7 @@ from qwen_quant.quantize.outer import OUTER, outer_grids, solve_outer
 from qwen_quant.quantize.ranks import device_here, joined, on_one_rank
 from qwen_quant.quantize.recipe import GridChoice, Recipe
 from qwen_quant.quantize.resume import Fingerprint, LayerStore, fingerprint
+from qwen_quant.quantize.row_moments import RowMoments, gradient_windows
 from qwen_quant.quantize.targets import half_of
 
 
@@ -122,11 +123,16 @@ def _layers(
     exact = None  # the first of them in full precision
     if recipe.correct_targets:
         exact = scratch.copy(hidden[: half_of(len(windows))], spill)
+    moments = None
+    if recipe.output_aware:
+        with fast_matmul():
+            first = hidden[: gradient_windows(spec, *windows.shape)]
+            moments = RowMoments.measured(checkpoint, first, recipe.seed, spill)
     table = new_rotary(spec).to(device)(0, windows.shape[1])
 
     def solved(index: int) -> QuantizedLayer:
         # The run and its weights are gone before the layer is handed on and before the next one is read.
-        run = LayerRun(checkpoint, index, grids, recipe, device, keep_activations)
+        run = LayerRun(checkpoint, index, grids, recipe, device, keep_activations, moments)
         return _stored_or_solved(run, store, hidden, table, exact)
 
     outer = outer_grids(checkpoint, grids)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
 from qwen_quant.cli.calibrating import print_notes
@@ -24,3 +27,18 @@ def test_fallbacks_are_named_one_by_one_and_notes_together(capsys: pytest.Captur
         f"note: model.layers.1.mlp.down_proj.weight and 1 more ({few})",
         "not quantized: lm_head.weight (kept)",
     ]
+
+
+def test_what_output_aware_leaves_out(cli: Callable, make_model: Callable, tmp_path: Path) -> None:
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+    }
+    sparse = make_model(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", **experts)
+    line = ["export", sparse, "-o", tmp_path / "out", "--type", "Q4_0", "--output-aware"]
+    assert "experts are solved without it" in cli(*line, "--dry-run").err
+    found = cli(*line, "--no-calibration")
+    assert (found.code, found.err.count("\n")) == (2, 2), found.err
+    assert "--output-aware" in found.err.splitlines()[-1]

@@ -165,3 +165,28 @@ def test_little_memory_puts_activations_into_files(reference: Path) -> None:
     on_device = replace(recipe, device="cuda")
     less = plan.fit(whole, spec, on_device, int(whole.peak) - 1, "model")
     assert not less.spill and not less.keep_activations
+
+
+def test_gradients_count(reference: Path) -> None:
+    checkpoint = Checkpoint(reference)
+    tensors, recipe = stored_tensors(checkpoint, IntGrid(4, 128)), Recipe(num_samples=64)
+    for spill in (False, True):
+        without = plan_run(checkpoint.spec, tensors, recipe, spill=spill)
+        found = plan_run(checkpoint.spec, tensors, replace(recipe, output_aware=True), spill=spill)
+        assert found.peak >= without.peak and found.work.matmul > without.work.matmul
+        assert found.set_aside > without.set_aside
+        more = replace(recipe, output_aware=True, num_samples=128)
+        assert plan_run(checkpoint.spec, tensors, more, spill=spill).peak >= found.peak
+
+
+def test_a_backward_pass_that_does_not_fit_is_refused(
+    cli: Callable, make_model: Callable, tmp_path: Path
+) -> None:
+    # A head so large that its gradients need more than all else.
+    line = ["gptq", make_model(vocab_size=200_000), "-o", tmp_path / "out", "--group-size", "32"]
+    line += ["--num-samples", "2", "--seq-len", "64", "--no-verify", "--output-aware"]
+    need = cli(*line, "--dry-run", "--json").json
+    assert need["worst_stage"] == "gradients at the head"
+    found = cli(*line, "--max-ram", f"{need['peak_rss_mb'] - 50:.0f}M")
+    assert (found.code, found.out, found.err.count("\n")) == (1, "", 1)
+    assert "gradients at the head" in found.err and not (tmp_path / "out").exists()

@@ -48,8 +48,12 @@ def test_alone_all_pieces_are_here() -> None:
 
 @pytest.mark.parametrize(
     ("model", "command", "count"),
-    [({}, GPTQ, 3), (MOE, ["export", "--target-bpw", "6"], 2)],
-    ids=["dense", "experts-and-budget"],
+    [
+        ({}, GPTQ, 3),
+        ({"num_hidden_layers": 1}, [*GPTQ, "--output-aware"], 2),
+        (MOE, ["export", "--target-bpw", "6"], 2),
+    ],
+    ids=["dense", "output-aware", "experts-and-budget"],
 )
 def test_the_same_bytes(
     model: dict,

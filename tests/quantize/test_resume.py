@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.checkpoints import rewrite
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import CalibrationError
@@ -22,6 +23,7 @@ from qwen_quant.quantize.layer import QuantizedLayer
 from qwen_quant.quantize.recipe import Recipe, linear_grid
 from qwen_quant.quantize.resume import LayerStore
 from qwen_quant.quantize.stream import gptq_layers
+from qwen_quant.safetensors import SafetensorsFile
 
 RECIPE = Recipe(num_samples=4, seq_len=64)
 WINDOWS = np.random.default_rng(0).integers(0, 320, (4, 64)).astype(np.int32)
@@ -39,7 +41,11 @@ def stop_after_one(folder: Path, store: LayerStore, recipe: Recipe = RECIPE) -> 
     run.close()
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, replace(RECIPE, desc_act=True)], ids=["in-order", "desc-act"])
+@pytest.mark.parametrize(
+    "recipe",
+    [RECIPE, replace(RECIPE, desc_act=True), replace(RECIPE, output_aware=True)],
+    ids=["in-order", "desc-act", "output-aware"],
+)
 def test_the_same_bits(make_checkpoint: Callable[..., Path], tmp_path: Path, recipe: Recipe) -> None:
     folder = make_checkpoint(num_hidden_layers=3)
     whole = layers(folder, LayerStore(tmp_path / "whole"), recipe)
@@ -67,6 +73,17 @@ def test_what_changed_is_named(make_checkpoint: Callable[..., Path], tmp_path: P
     shutil.copy(other / "model.safetensors", folder / "model.safetensors")
     with pytest.raises(CalibrationError, match=r"another (calibration data|weights).*without --resume"):
         layers(folder, store)
+
+
+def test_gradients_follow_from_later_weights(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder, recipe = make_checkpoint(), replace(RECIPE, output_aware=True)
+    store = LayerStore(tmp_path / "store")
+    stop_after_one(folder, store, recipe)
+    name = "model.layers.1.mlp.up_proj.weight"
+    weight = SafetensorsFile(folder / "model.safetensors").read_raw(name)
+    rewrite(folder, {name: weight[::-1].copy()})
+    with pytest.raises(CalibrationError, match="another weights"):
+        layers(folder, store, recipe)
 
 
 def test_another_grid_is_another_recipe(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
