@@ -6,8 +6,8 @@
         [-p 512 -n 64 -d 0,4096 -t 2 -r 5 --json FILE]
 
 Each measurement is a process of its own, one at a time, and the programs take turns. `--llama-bench` may be given
-several times, as NAME=PATH, for forks of llama.cpp; `--genai-model` once for each file, in the same order. The time to
-the first token is that of a whole process, from its start to the end of a one-token prompt.
+several times, as NAME="PATH OPTIONS", for forks of llama.cpp; `--genai-model` once for each file, in the same order.
+The time to the first token is that of a whole process, from its start to the end of a one-token prompt.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -126,17 +128,25 @@ def ours(file: Path, options: argparse.Namespace) -> Program:
     return Program("qwen-quant", measure, [*command, *first])
 
 
-def llama(name: str, bench: str, file: Path, options: argparse.Namespace) -> Program:
-    command = [bench, "-m", str(file), "-t", str(options.threads), "-r", "1", "-o", "json"]
+def llama(name: str, bench: list[str], file: Path, options: argparse.Namespace) -> Program:
+    command = [*bench, "-m", str(file), "-t", str(options.threads), "-r", "1", "-o", "json"]
+    known = subprocess.run([bench[0], "--help"], capture_output=True, text=True).stdout
+
+    def size(depth: int) -> list[str]:
+        if (
+            depth and "--n-depth" not in known
+        ):  # ik_llama.cpp generates after a prompt, but takes no prompt after another
+            return ["-p", "0", "-n", "0", "-gp", f"{depth},{options.n_gen}"]
+        return ["-p", str(options.n_prompt), "-n", str(options.n_gen), *(["-d", str(depth)] if depth else [])]
 
     def measure(depth: int) -> dict[str, float]:
-        size = ["-p", str(options.n_prompt), "-n", str(options.n_gen), "-d", str(depth)]
-        found, _, rss_mb = run([*command, *size])
-        return {"rss_mb": rss_mb} | {
+        found, _, rss_mb = run([*command, *size(depth)])
+        return {"pp": math.nan, "rss_mb": rss_mb} | {
             "tg" if test["n_gen"] else "pp": statistics.mean(test["samples_ts"]) for test in found
         }
 
-    return Program(name, measure, [*command, "-p", "1", "-n", "0", "--no-warmup"])
+    cold = ["--no-warmup"] if "--no-warmup" in known else ["-w", "0"]
+    return Program(name, measure, [*command, "-p", "1", "-n", "0", *cold])
 
 
 def genai(python: str, folder: Path, options: argparse.Namespace) -> Program:
@@ -152,8 +162,8 @@ def genai(python: str, folder: Path, options: argparse.Namespace) -> Program:
 def programs_for(file: Path, folder: Path | None, options: argparse.Namespace) -> list[Program]:
     found = [ours(file, options)]
     for given in options.llama_bench:
-        name, _, path = given.rpartition("=")
-        found.append(llama(name or "llama.cpp", path, file, options))
+        name, _, command = given.rpartition("=")
+        found.append(llama(name or "llama.cpp", shlex.split(command), file, options))
     if folder is not None:
         found.append(genai(options.genai_python, folder, options))
     return found
@@ -219,7 +229,7 @@ def parsed() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.gguf")
-    parser.add_argument("--llama-bench", action="append", default=[], metavar="[NAME=]PATH")
+    parser.add_argument("--llama-bench", action="append", default=[], metavar="[NAME=]COMMAND")
     parser.add_argument("--genai-python", default=sys.executable)
     parser.add_argument("--genai-model", action="append", default=[], type=Path, metavar="FOLDER")
     parser.add_argument("-p", "--n-prompt", type=int, default=512)
