@@ -1,4 +1,4 @@
-"""Changing checkpoints that a test has made."""
+"""Checkpoints that tests make: what they say of themselves, and changing them afterwards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ from pathlib import Path
 import numpy as np
 
 from qwen_quant.safetensors import Planned, SafetensorsFile, SafetensorsWriter
+
+# What makes a tiny checkpoint one with experts.
+QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
 
 
 def rewrite(folder: Path, changed: dict[str, np.ndarray | None]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.checkpoints import QWEN3_MOE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,15 +25,7 @@ from qwen_quant.quantize.stream import gptq_layers
 
 RECIPE = Recipe(num_samples=16, seq_len=64)
 OPTIONS = st.lists(st.tuples(st.integers(1, 60), st.floats(0, 10)), min_size=1, max_size=5)
-QWEN3_MOE = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "norm_topk_prob": True,
-    "intermediate_size": 64,
-}
+SPARSE = {**QWEN3_MOE, "intermediate_size": 64}
 
 
 def menu_of(options: list[tuple[int, float]]) -> list[Option]:
@@ -61,7 +54,7 @@ def test_plans_fit_and_are_nearly_the_best(menus: list[list[tuple[int, float]]],
 # Tokens that are sent to other experts, of which the losses know nothing, weigh less beside a coarse grid's errors.
 @pytest.mark.parametrize(
     ("changes", "kind_of_grid"),
-    [({}, "Q5_0"), ({"tie_word_embeddings": False}, "Q5_0"), (QWEN3_MOE, "Q4_0")],
+    [({}, "Q5_0"), ({"tie_word_embeddings": False}, "Q5_0"), (SPARSE, "Q4_0")],
     ids=["tied", "untied", "moe"],
 )
 def test_losses_are_the_divergence_of_the_quantized_model(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.checkpoints import QWEN3_MOE
 
 from qwen_quant.checkpoint import Checkpoint
 from qwen_quant.errors import CalibrationError
@@ -20,15 +21,6 @@ from qwen_quant.quantize.gptq import solve
 from qwen_quant.quantize.recipe import Recipe, linear_grid
 from qwen_quant.quantize.row_moments import RowMoments, shrunk
 from qwen_quant.quantize.stream import embedded, gptq_layers
-
-SPARSE = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "norm_topk_prob": True,
-}
 
 
 def moments(size: int, seed: int = 0) -> torch.Tensor:
@@ -183,7 +175,7 @@ def test_moments_are_those_of_autograd(make_checkpoint: Callable[..., Path], cha
 
 
 SHARED = {
-    **SPARSE,
+    **QWEN3_MOE,
     "architectures": ["Qwen2MoeForCausalLM"],
     "model_type": "qwen2_moe",
     "head_dim": None,

@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from helpers.checkpoints import QWEN3_MOE
 
 from qwen_quant import _core
 from qwen_quant.checkpoint import Checkpoint
@@ -34,14 +35,6 @@ QWEN2 = {
     "model_type": "qwen2",
     "hidden_size": 384,
     "head_dim": None,
-}
-QWEN3_MOE = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "norm_topk_prob": True,
 }
 TOKENS = (
     np.random.default_rng(3).integers(0, 4000, 330).astype(np.int32)
