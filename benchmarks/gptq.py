@@ -9,6 +9,9 @@ runs are added to those in FILE, so that long ones can be spread over calls with
 
 Peers compute in the checkpoint's BF16 unless `--peer-dtype` says otherwise: on a CPU without BF16 units their
 products then run at about a hundredth of the speed of FP32, and float32 is what a user there would choose.
+
+We run twice: with `--correct-targets`, the default, for which half of the windows pass through each layer in full
+precision as well, and without, which is the work that peers do.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import numpy as np
 from peers import ENVIRONMENT, SCRIPTS, peer_command, peer_of, sampled_windows
 
 OURS = "qwen-quant"
+SAME_WORK = "qwen-quant --no-correct-targets"
 
 
 def timed(command: list[str], folder: str) -> tuple[float, float]:
@@ -53,7 +57,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("-r", "--repeat", type=int, default=3)
-    parser.add_argument("--only", action="append", choices=[OURS, *SCRIPTS], help="Run these only.")
+    parser.add_argument(
+        "--only", action="append", choices=[OURS, SAME_WORK, *SCRIPTS], help="Run these only."
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     results: dict[str, list[list[float]]] = {}
@@ -65,6 +71,7 @@ def main() -> None:
         size = ["--num-samples", str(options.samples), "--seq-len", str(options.seq_len)]
         ours = [sys.executable, "-m", "qwen_quant.cli", "gptq", str(options.checkpoint), *size, "--json"]
         commands = {OURS: [*ours, "-o", str(output)]}
+        commands[SAME_WORK] = [*commands[OURS], "--no-correct-targets"]
         for name, python in options.peer:
             commands[name] = peer_command(
                 name, python, options.checkpoint, windows, output, options.peer_dtype
@@ -73,7 +80,7 @@ def main() -> None:
             for name in options.only or commands:
                 seconds, gigabytes = timed(commands[name], scratch)
                 results.setdefault(name, []).append([seconds, gigabytes])
-                print(f"{name:14s} {seconds:7.1f} s  {gigabytes:.2f} GB", flush=True)
+                print(f"{name:32s} {seconds:7.1f} s  {gigabytes:.2f} GB", flush=True)
                 shutil.rmtree(output, ignore_errors=True)
                 if options.json:
                     options.json.write_text(json.dumps(report(options, results), indent=2) + "\n")
@@ -83,17 +90,18 @@ def main() -> None:
 
 
 def report(options: argparse.Namespace, results: dict[str, list[list[float]]]) -> dict[str, object]:
-    """Medians, ours over each peer's, and every run."""
+    """Medians, each of ours over each peer's, and every run."""
     median = {
         name: dict(
             zip(("seconds", "peak_rss_gb"), map(statistics.median, zip(*runs, strict=True)), strict=True)
         )
         for name, runs in results.items()
     }
+    ours, peers = ([name for name in median if (name in (OURS, SAME_WORK)) == own] for own in (True, False))
     ratios = {
-        name: {key: median[OURS][key] / value for key, value in found.items()}
-        for name, found in median.items()
-        if name != OURS and OURS in median
+        f"{mine} / {peer}": {key: median[mine][key] / value for key, value in median[peer].items()}
+        for mine in ours
+        for peer in peers
     }
     return {"checkpoint": str(options.checkpoint), "median": median, "ours/peer": ratios, "runs": results}
 
