@@ -42,24 +42,26 @@ static inline size_t int8_stride(int64_t k) { return (q8_row_bytes(k) + 63) / 64
 // Fills in the arrays that follow from codes, scales and half_sums.
 static inline void complete_q8_row(int64_t k, uint8_t* row) {
     const Q8Row at = q8_row(k);
-    const float* scales = reinterpret_cast<const float*>(row + at.scales);
-    const int32_t* half_sums = reinterpret_cast<const int32_t*>(row + at.half_sums);
-    int32_t* minus_8 = reinterpret_cast<int32_t*>(row + at.minus_8);
-    int32_t* minus_16 = reinterpret_cast<int32_t*>(row + at.minus_16);
-    int32_t* minus_128 = reinterpret_cast<int32_t*>(row + at.minus_128);
-    int16_t* minus_halves = reinterpret_cast<int16_t*>(row + at.minus_halves);
-    float* scaled = reinterpret_cast<float*>(row + at.scaled_sums);
-    float* scaled_halves = reinterpret_cast<float*>(row + at.scaled_half_sums);
+    const float* __restrict__ scales = reinterpret_cast<const float*>(row + at.scales);
+    const int32_t* __restrict__ half_sums = reinterpret_cast<const int32_t*>(row + at.half_sums);
+    int32_t* __restrict__ minus_8 = reinterpret_cast<int32_t*>(row + at.minus_8);
+    int32_t* __restrict__ minus_16 = reinterpret_cast<int32_t*>(row + at.minus_16);
+    int32_t* __restrict__ minus_128 = reinterpret_cast<int32_t*>(row + at.minus_128);
+    int16_t* __restrict__ minus_halves = reinterpret_cast<int16_t*>(row + at.minus_halves);
+    float* __restrict__ scaled = reinterpret_cast<float*>(row + at.scaled_sums);
+    float* __restrict__ scaled_halves = reinterpret_cast<float*>(row + at.scaled_half_sums);
+    // Loops that compilers turn into vectors
     for (int64_t b = 0; b < k / kBlock; ++b) {
-        const int32_t first = half_sums[2 * b], second = half_sums[2 * b + 1];
-        minus_8[b] = -8 * (first + second);
-        minus_16[b] = -16 * (first + second);
-        minus_128[b] = -128 * (first + second);
-        minus_halves[2 * b] = static_cast<int16_t>(-first);
-        minus_halves[2 * b + 1] = static_cast<int16_t>(-second);
-        scaled[b] = scales[b] * static_cast<float>(first + second);
-        scaled_halves[2 * b] = scales[b] * static_cast<float>(first);
-        scaled_halves[2 * b + 1] = scales[b] * static_cast<float>(second);
+        const int32_t sum = half_sums[2 * b] + half_sums[2 * b + 1];
+        minus_8[b] = -8 * sum;
+        minus_16[b] = -16 * sum;
+        minus_128[b] = -128 * sum;
+        scaled[b] = scales[b] * static_cast<float>(sum);
+    }
+    for (int64_t i = 0; i < k / kHalfBlock; ++i) minus_halves[i] = static_cast<int16_t>(-half_sums[i]);
+    for (int64_t b = 0; b < k / kBlock; ++b) {
+        scaled_halves[2 * b] = scales[b] * static_cast<float>(half_sums[2 * b]);
+        scaled_halves[2 * b + 1] = scales[b] * static_cast<float>(half_sums[2 * b + 1]);
     }
 }
 
