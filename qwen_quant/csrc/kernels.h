@@ -20,8 +20,9 @@ struct Q8Row {
     int64_t scales;            // float [k / 32]
     int64_t half_sums;         // int32 [k / 16]: sums of 16 codes
     int64_t minus_8;           // int32 [k / 32]: -8 * the sum of 32 codes, which takes the offset off unsigned weights
+    int64_t minus_16;          // int32 [k / 32]
     int64_t minus_128;         // int32 [k / 32]
-    int64_t minus_4_twice;     // int16 [k / 32, 2]: -4 * the sum of 32 codes, where sums of 16 bits take halves of it
+    int64_t minus_halves;      // int16 [k / 16]: half_sums with the other sign, as AVX2 multiplies them
     int64_t scaled_sums;       // float [k / 32]: scale * the sum of 32 codes, which a minimum is multiplied with
     int64_t scaled_half_sums;  // float [k / 16]
     int64_t wide;              // int16 [k]: the codes again, only for AVX2, which has no products of signed bytes
@@ -30,7 +31,7 @@ struct Q8Row {
 
 static inline Q8Row q8_row(int64_t k) {
     const int64_t n = k / kBlock * 4;
-    return {k, k + n, k + 3 * n, k + 4 * n, k + 5 * n, k + 6 * n, k + 7 * n, k + 9 * n, 3 * k + 9 * n};
+    return {k, k + n, k + 3 * n, k + 4 * n, k + 5 * n, k + 6 * n, k + 7 * n, k + 8 * n, k + 10 * n, 3 * k + 10 * n};
 }
 
 static inline size_t q8_row_bytes(int64_t k) { return static_cast<size_t>(q8_row(k).bytes); }
@@ -41,21 +42,26 @@ static inline size_t int8_stride(int64_t k) { return (q8_row_bytes(k) + 63) / 64
 // Fills in the arrays that follow from codes, scales and half_sums.
 static inline void complete_q8_row(int64_t k, uint8_t* row) {
     const Q8Row at = q8_row(k);
-    const float* scales = reinterpret_cast<const float*>(row + at.scales);
-    const int32_t* half_sums = reinterpret_cast<const int32_t*>(row + at.half_sums);
-    int32_t* minus_8 = reinterpret_cast<int32_t*>(row + at.minus_8);
-    int32_t* minus_128 = reinterpret_cast<int32_t*>(row + at.minus_128);
-    uint32_t* minus_4_twice = reinterpret_cast<uint32_t*>(row + at.minus_4_twice);
-    float* scaled = reinterpret_cast<float*>(row + at.scaled_sums);
-    float* scaled_halves = reinterpret_cast<float*>(row + at.scaled_half_sums);
+    const float* __restrict__ scales = reinterpret_cast<const float*>(row + at.scales);
+    const int32_t* __restrict__ half_sums = reinterpret_cast<const int32_t*>(row + at.half_sums);
+    int32_t* __restrict__ minus_8 = reinterpret_cast<int32_t*>(row + at.minus_8);
+    int32_t* __restrict__ minus_16 = reinterpret_cast<int32_t*>(row + at.minus_16);
+    int32_t* __restrict__ minus_128 = reinterpret_cast<int32_t*>(row + at.minus_128);
+    int16_t* __restrict__ minus_halves = reinterpret_cast<int16_t*>(row + at.minus_halves);
+    float* __restrict__ scaled = reinterpret_cast<float*>(row + at.scaled_sums);
+    float* __restrict__ scaled_halves = reinterpret_cast<float*>(row + at.scaled_half_sums);
+    // Loops that compilers turn into vectors
     for (int64_t b = 0; b < k / kBlock; ++b) {
-        const int32_t first = half_sums[2 * b], second = half_sums[2 * b + 1];
-        minus_8[b] = -8 * (first + second);
-        minus_128[b] = -128 * (first + second);
-        minus_4_twice[b] = (static_cast<uint32_t>(-4 * (first + second)) & 0xffffu) * 0x10001u;
-        scaled[b] = scales[b] * static_cast<float>(first + second);
-        scaled_halves[2 * b] = scales[b] * static_cast<float>(first);
-        scaled_halves[2 * b + 1] = scales[b] * static_cast<float>(second);
+        const int32_t sum = half_sums[2 * b] + half_sums[2 * b + 1];
+        minus_8[b] = -8 * sum;
+        minus_16[b] = -16 * sum;
+        minus_128[b] = -128 * sum;
+        scaled[b] = scales[b] * static_cast<float>(sum);
+    }
+    for (int64_t i = 0; i < k / kHalfBlock; ++i) minus_halves[i] = static_cast<int16_t>(-half_sums[i]);
+    for (int64_t b = 0; b < k / kBlock; ++b) {
+        scaled_halves[2 * b] = scales[b] * static_cast<float>(half_sums[2 * b]);
+        scaled_halves[2 * b + 1] = scales[b] * static_cast<float>(half_sums[2 * b + 1]);
     }
 }
 

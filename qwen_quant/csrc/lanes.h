@@ -2,8 +2,7 @@
 // this one, and is included before packed_types.h and packed_tiles.h. Everything is in an unnamed namespace, because
 // each file that includes it is compiled for another instruction set.
 //
-// A tile of a product has kGroups groups of rows and kPackedTokens tokens, or kTokensOfHalves where the type has scales
-// for 16 weights. A single token has kGroupsAlone groups.
+// A tile of a product has kGroups groups of rows and kPackedTokens tokens. A single token has kGroupsAlone groups.
 #pragma once
 
 #include <cstring>
@@ -38,6 +37,9 @@ struct NoScale {};
 // Whether a sum of products in a panel is of two tokens, and takes two words of codes at a time.
 template <class Sum>
 constexpr bool kTwoTokens = false;
+// Whether it takes two words of codes at a time and folds them at once.
+template <class Sum>
+constexpr bool kTwoWords = false;
 
 // Calls visit(r0, r1) for parts of the rows, multiples of `unit`, that stay in the second-level cache while all tokens
 // pass by; the activations of one tile stay in the first-level cache while these rows pass by.

@@ -11,7 +11,7 @@ namespace qq {
 namespace {
 
 constexpr int64_t kLanes = 4;
-constexpr int kGroups = 2, kPackedTokens = 4, kTokensOfHalves = 4, kGroupsAlone = 2;
+constexpr int kGroups = 2, kPackedTokens = 4, kGroupsAlone = 2;
 using LaneFloats = float32x4_t;
 using LaneInts = int32x4_t;
 
@@ -41,7 +41,7 @@ inline LaneInts mask_bytes(LaneInts x, int mask) {
 inline LaneInts either(LaneInts a, LaneInts b) { return vorrq_s32(a, b); }
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
-constexpr bool kSignedCodesFlipped = false, kStartsInPairs = false;
+constexpr bool kSignedCodesFlipped = false, kSumsInShorts = false;
 inline LaneInts iq4_levels(LaneInts codes) {
     return vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(kIq4Levels), vreinterpretq_u8_s32(codes)));
 }
@@ -66,9 +66,12 @@ struct MatrixSum {
     static LaneInts load_pair(const uint8_t* x0, const uint8_t* x1) {
         return vreinterpretq_s32_u8(vcombine_u8(vld1_u8(x0), vld1_u8(x1)));
     }
-    QQ_INLINE void begin(int32_t start0, int32_t start1) {
+    QQ_INLINE void restart(int32_t start0, int32_t start1) {
         const int32x2_t both = vset_lane_s32(start1, vdup_n_s32(start0), 1);
         low = high = vcombine_s32(both, both);
+    }
+    QQ_INLINE void begin(int32_t start0, int32_t start1) {
+        restart(start0, start1);
         sum[0] = sum[1] = vdupq_n_s32(0);
     }
     QQ_INLINE void add(LaneInts first, LaneInts second, LaneInts x) {
@@ -99,12 +102,14 @@ struct SignedSum {
 #else
     using InPanel = SignedSum;
 #endif
+    using InPanelOfHalves = InPanel;
     static constexpr int kParts = 1;
     static void split(LaneInts codes, LaneInts (&parts)[1]) { parts[0] = codes; }
     static LaneInts load(const uint8_t* x, const Q8Row&, int64_t i) { return four_of_x(x + i); }
     LaneInts dot, sum;
+    QQ_INLINE void restart(int32_t start) { dot = vdupq_n_s32(start); }
     QQ_INLINE void begin(int32_t start) {
-        dot = vdupq_n_s32(start);
+        restart(start);
         sum = vdupq_n_s32(0);
     }
     QQ_INLINE void add(LaneInts codes, LaneInts x) {

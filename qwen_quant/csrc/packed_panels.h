@@ -11,13 +11,14 @@ namespace {
 // What one step of a group of rows is to several tokens: codes and all they are scaled with, ready for products.
 template <class W>
 struct PanelStep {
-    using Sum = typename W::Sum::InPanel;
+    using Sum = std::conditional_t<W::kGroup == kHalfBlock, typename W::Sum::InPanelOfHalves, typename W::Sum::InPanel>;
     static constexpr int kParts = Sum::kParts;  // vectors that a word of codes becomes
     static constexpr int kScales = W::kScaled ? kBlock / W::kGroup : 0;
 
     LaneInts codes[8][kParts];
     LaneFloats d;
     LaneScales scales[kScales > 0 ? kScales : 1];
+    LaneInts offset;  // where it is kScaledOffset
     LaneFloats minima[W::kMinima > 0 ? W::kMinima : 1];
 
     template <int J>
@@ -36,6 +37,7 @@ struct PanelStep {
         if constexpr (W::kScaled) {
             for (int n = 0; n < kScales; ++n) scales[n] = lane_scales(W::template scale<J>(w, c, n));
         }
+        if constexpr (kScaledOffset<W>) offset = scaled_offset<W, J>(w, c);
         if constexpr (W::kMinima > 0) {
             for (int i = 0; i < W::kMinima; ++i) minima[i] = W::template minimum<J>(w, c, i);
         }
@@ -46,14 +48,14 @@ struct PanelStep {
 template <class W>
 struct Panel {
     static constexpr int G = kGroups;
-    static constexpr int kTokens = W::kGroup < kBlock ? kTokensOfHalves : kPackedTokens;
+    static constexpr int kTokens = kPackedTokens;
     static constexpr int64_t kRows = G * kLanes;
     static constexpr int64_t steps_within(size_t bytes) {
         int64_t n = 8;  // of 32 weights: whole blocks of every type
         while (2 * n * G * sizeof(PanelStep<W>) <= bytes) n *= 2;
         return n;
     }
-    static constexpr int64_t kSteps = steps_within(24 << 10);
+    static constexpr int64_t kSteps = steps_within(28 << 10);
     PanelStep<W> steps[kSteps][G];
 
     // n_steps steps from b0 on, of the rows from r0 on
@@ -90,10 +92,10 @@ struct StepSums {
     QQ_INLINE void multiply(const PanelStep<W> (&step)[G], const uint8_t* const (&x)[T], const Q8Row& at, int64_t b) {
 #pragma GCC unroll 8  // here and below: or the sums would be kept in memory
         for (int t = 0; t < T; ++t) {
-            for (int g = 0; g < G; ++g) sums[g][t].begin(W::start(x[t], at, b));
+            for (int g = 0; g < G; ++g) sums[g][t].begin(start<W>(x[t], at, b, 0));
         }
         unrolled<8>([&](auto word) QQ_LAMBDA_INLINE {
-            constexpr int kWord = decltype(word)::value, kDone = kWord + 1;
+            constexpr int kWord = decltype(word)::value, kDone = kWord + 1, kGroupWords = W::kGroup / 4;
 #pragma GCC unroll 8
             for (int t = 0; t < T; ++t) {
                 const auto four = Sum::load(x[t], at, b * kBlock + 4 * kWord);
@@ -103,6 +105,12 @@ struct StepSums {
 #pragma GCC unroll 8
                 for (int t = 0; t < T; ++t) {
                     for (int g = 0; g < G; ++g) sums[g][t].fold(scale_after<kWord>(step[g]));
+                }
+            }
+            if constexpr (kStartsWithin<W> && kDone % kGroupWords == 0 && kDone < 8) {
+#pragma GCC unroll 8
+                for (int t = 0; t < T; ++t) {
+                    for (int g = 0; g < G; ++g) sums[g][t].restart(start<W>(x[t], at, b, kDone / kGroupWords));
                 }
             }
         });
@@ -120,11 +128,11 @@ struct PairedSums {
     QQ_INLINE void multiply(const PanelStep<W> (&step)[G], const uint8_t* const (&x)[T], const Q8Row& at, int64_t b) {
 #pragma GCC unroll 8
         for (int p = 0; p < kPairs; ++p) {
-            const int32_t first = W::start(x[2 * p], at, b), second = W::start(x[other(p)], at, b);
+            const int32_t first = start<W>(x[2 * p], at, b, 0), second = start<W>(x[other(p)], at, b, 0);
             for (int g = 0; g < G; ++g) sums[g][p].begin(first, second);
         }
         unrolled<4>([&](auto pair) QQ_LAMBDA_INLINE {
-            constexpr int kWord = 2 * decltype(pair)::value, kDone = kWord + 2;
+            constexpr int kWord = 2 * decltype(pair)::value, kDone = kWord + 2, kGroupWords = W::kGroup / 4;
             const int64_t i = b * kBlock + 4 * kWord;
 #pragma GCC unroll 8
             for (int p = 0; p < kPairs; ++p) {
@@ -139,6 +147,14 @@ struct PairedSums {
                     for (int g = 0; g < G; ++g) sums[g][p].fold(scale_after<kWord>(step[g]));
                 }
             }
+            if constexpr (kStartsWithin<W> && kDone % kGroupWords == 0 && kDone < 8) {
+                constexpr int kNext = kDone / kGroupWords;
+#pragma GCC unroll 8
+                for (int p = 0; p < kPairs; ++p) {
+                    const int32_t first = start<W>(x[2 * p], at, b, kNext), second = start<W>(x[other(p)], at, b, kNext);
+                    for (int g = 0; g < G; ++g) sums[g][p].restart(first, second);
+                }
+            }
         });
     }
     QQ_INLINE LaneFloats total(int g, int t) const { return sums[g][t / 2].total(t % 2); }
@@ -147,11 +163,59 @@ private:
     static constexpr int other(int p) { return 2 * p + 1 < T ? 2 * p + 1 : 2 * p; }
 };
 
+// The same where a sum takes two words at a time and the scale of their group.
+template <class W, int G, int T>
+struct SumsOfTwoWords {
+    using Sum = typename PanelStep<W>::Sum;
+    Sum sums[G][T];
+
+    QQ_INLINE void multiply(const PanelStep<W> (&step)[G], const uint8_t* const (&x)[T], const Q8Row& at, int64_t b) {
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            for (int g = 0; g < G; ++g) {
+                if constexpr (kScaledOffset<W>) {
+                    sums[g][t].begin(step[g].offset, four_of_x(x[t] + at.minus_halves + 4 * b));
+                } else {
+                    sums[g][t].begin();
+                }
+            }
+        }
+        unrolled<4>([&](auto pair) QQ_LAMBDA_INLINE {
+            constexpr int kWord = 2 * decltype(pair)::value;
+            LaneInts first[G], second[G];
+            for (int g = 0; g < G; ++g) {
+                first[g] = step[g].codes[kWord][0];
+                second[g] = step[g].codes[kWord + 1][0];
+            }
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) {
+                const uint8_t* eight = x[t] + b * kBlock + 4 * kWord;
+                const LaneInts x0 = four_of_x(eight), x1 = four_of_x(eight + 4);
+                for (int g = 0; g < G; ++g) sums[g][t].add(first[g], x0, second[g], x1, scale_after<kWord>(step[g]));
+            }
+        });
+    }
+    QQ_INLINE LaneFloats total(int g, int t) const { return sums[g][t].total(); }
+};
+
+// The sums of a type in a panel.
+template <class W, int G, int T>
+constexpr auto panel_sums() {
+    using Sum = typename PanelStep<W>::Sum;
+    if constexpr (kTwoTokens<Sum>) {
+        return PairedSums<W, G, T>();
+    } else if constexpr (kTwoWords<Sum>) {
+        return SumsOfTwoWords<W, G, T>();
+    } else {
+        return StepSums<W, G, T>();
+    }
+}
+
 // One step of a panel's rows with T tokens.
 template <class W, int G, int T>
 QQ_INLINE void add_panel_step(const PanelStep<W> (&step)[G], const uint8_t* const (&x)[T], const Q8Row& at, int64_t b,
                               LaneFloats (&acc)[G][T]) {
-    std::conditional_t<kTwoTokens<typename PanelStep<W>::Sum>, PairedSums<W, G, T>, StepSums<W, G, T>> sums;
+    decltype(panel_sums<W, G, T>()) sums;
     sums.multiply(step, x, at, b);
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {

@@ -28,6 +28,34 @@ constexpr int fold_after() {
     return Sum::kFit < kGroupWords ? Sum::kFit : kGroupWords;
 }
 
+// Whether AVX2 takes the offset off as 16-bit products of scales with sums of x: sums of 16 bits have no room for it.
+template <class W>
+constexpr bool kScaledOffset = kSumsInShorts && W::kScaled && W::kOffset != 0;
+
+// That product's side of the weights, in step J of chunk c
+template <class W, int J>
+QQ_INLINE LaneInts scaled_offset(const uint8_t* p, int c) {
+    return W::Sum::template scaled_offset<W::kOffset>(W::template scale<J>(p, c, 0), W::template scale<J>(p, c, 1));
+}
+
+// What the products of group `n` in step b begin with: -kOffset * the sum of x.
+template <class W>
+QQ_INLINE int32_t start(const uint8_t* x, const Q8Row& at, int64_t b, int n) {
+    if constexpr (W::kOffset == 0 || kScaledOffset<W>) {
+        return 0;
+    } else if constexpr (W::kGroup == kHalfBlock) {
+        return -W::kOffset * load_i32(x + at.half_sums + 8 * b + 4 * n);
+    } else {
+        static_assert(W::kOffset == 8 || W::kOffset == 16 || W::kOffset == 128, "there are no such sums");
+        const int64_t sums = W::kOffset == 8 ? at.minus_8 : W::kOffset == 16 ? at.minus_16 : at.minus_128;
+        return load_i32(x + sums + 4 * b);
+    }
+}
+
+// Whether later groups of a step begin with something, too.
+template <class W>
+constexpr bool kStartsWithin = W::kGroup < kBlock && W::kOffset != 0 && !kScaledOffset<W>;
+
 // Where the sums of x that the i-th minimum of step b is multiplied with lie in a row of activations.
 template <class W>
 constexpr int64_t sum_of_x(const Q8Row& at, int64_t b, int i) {

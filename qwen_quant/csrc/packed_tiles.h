@@ -25,7 +25,14 @@ QQ_INLINE void fold_group(const uint8_t* const (&w)[G], int c, typename W::Sum (
 template <class W, int J, int G>
 QQ_INLINE void add_codes(const uint8_t* const (&w)[G], const uint8_t* x, const Q8Row& at, int c, int64_t b,
                          typename W::Sum (&sums)[G]) {
-    for (int g = 0; g < G; ++g) sums[g].begin(W::start(x, at, b));
+    constexpr int kGroupWords = W::kGroup / 4;
+    for (int g = 0; g < G; ++g) {
+        if constexpr (kScaledOffset<W>) {
+            sums[g].begin(scaled_offset<W, J>(w[g], c), four_of_x(x + at.minus_halves + 4 * b));
+        } else {
+            sums[g].begin(start<W>(x, at, b, 0));
+        }
+    }
     unrolled<4>([&](auto pair) QQ_LAMBDA_INLINE {
         constexpr int I = decltype(pair)::value;
         LaneInts codes[2][G];
@@ -36,7 +43,10 @@ QQ_INLINE void add_codes(const uint8_t* const (&w)[G], const uint8_t* x, const Q
             const LaneInts four = four_of_x(x + b * kBlock + 4 * kWord);
             for (int g = 0; g < G; ++g) sums[g].add(codes[kSide][g], four);
             if constexpr (kDone % fold_after<W, typename W::Sum>() == 0) {
-                fold_group<W, J, (kDone - 1) / (W::kGroup / 4)>(w, c, sums);
+                fold_group<W, J, (kDone - 1) / kGroupWords>(w, c, sums);
+            }
+            if constexpr (kStartsWithin<W> && kDone % kGroupWords == 0 && kDone < 8) {
+                for (int g = 0; g < G; ++g) sums[g].restart(start<W>(x, at, b, kDone / kGroupWords));
             }
         });
     });

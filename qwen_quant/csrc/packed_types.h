@@ -4,9 +4,10 @@
 // A block is taken in kChunks chunks of kSteps steps of 32 weights; the steps of a chunk share bytes.
 // codes<J, I>(words, c, a, b) brings out two of the eight words of codes of step J in chunk c, first(I) and second(I).
 // With the step's activations x the step adds up to
-//     d * (start + sum over groups of scale<J>(p, c, group) * codes * x) + sum of minimum<J>(p, c, i) * sum of x.
+//     d * sum over groups of scale<J>(p, c, group) * (codes - kOffset) * x + sum of minimum<J>(p, c, i) * sum of x.
 // kGroup says how many codes share a scale (a type whose blocks have a single scale is not kScaled), kMinima how many
-// minima a step has: none, one, or one for each half.
+// minima a step has: none, one, or one for each half. The codes are multiplied as they are, kOffset is taken off by sums
+// of x that are there already.
 #pragma once
 
 #include "kernels.h"
@@ -61,20 +62,17 @@ struct Scaled {
     static constexpr int kGroup = Group;
 };
 
+template <int Offset>
 struct NoMinimum {
-    static constexpr int kMinima = 0;
+    static constexpr int kMinima = 0, kOffset = Offset;
 };
-struct NoStart {
-    static int32_t start(const uint8_t*, const Q8Row&, int64_t) { return 0; }
+template <int Count>
+struct Minima {
+    static constexpr int kMinima = Count, kOffset = 0;
 };
-// Takes off the 128 that was added to signed codes.
-struct SignedStart {
-    static int32_t start(const uint8_t* x, const Q8Row& at, int64_t b) {
-        return kSignedCodesFlipped ? load_i32(x + at.minus_128 + 4 * b) : 0;
-    }
-};
+constexpr int kSignedOffset = kSignedCodesFlipped ? 128 : 0;
 
-struct PackedQ8_0 : PackedBlock<1, 0, 8, 1, 1>, Neighbours, Unscaled, NoMinimum, SignedStart {
+struct PackedQ8_0 : PackedBlock<1, 0, 8, 1, 1>, Neighbours, Unscaled, NoMinimum<kSignedOffset> {
     using Sum = SignedSum;
     template <int J, int I>
     static void codes(const uint8_t* words, int, LaneInts& a, LaneInts& b) {
@@ -94,23 +92,19 @@ struct SharedNibbles : Block, Apart {
     }
 };
 
-struct PackedQ4_0 : SharedNibbles<PackedBlock<1, 0, 4, 1, 1>, 0>, Unscaled, NoMinimum {
+struct PackedQ4_0 : SharedNibbles<PackedBlock<1, 0, 4, 1, 1>, 0>, Unscaled, NoMinimum<8> {
     using Sum = UnsignedSum<15>;
-    static int32_t start(const uint8_t* x, const Q8Row& at, int64_t b) {
-        return load_i32(x + (kStartsInPairs ? at.minus_4_twice : at.minus_8) + 4 * b);
-    }
 };
 
-struct PackedQ4_1 : SharedNibbles<PackedBlock<2, 0, 4, 1, 1>, 0>, Unscaled, NoStart {
+struct PackedQ4_1 : SharedNibbles<PackedBlock<2, 0, 4, 1, 1>, 0>, Unscaled, Minima<1> {
     using Sum = UnsignedSum<15>;
-    static constexpr int kMinima = 1;
     template <int J>
     static LaneFloats minimum(const uint8_t* p, int, int) { return half(p, 1); }
 };
 
 // Nibbles that name levels
 template <class Nibbles>
-struct Levels : Nibbles, NoMinimum, SignedStart {
+struct Levels : Nibbles, NoMinimum<kSignedOffset> {
     using Sum = SignedSum;
     template <int J, int I>
     static void codes(const uint8_t* words, int c, LaneInts& a, LaneInts& b) {
@@ -129,10 +123,9 @@ struct PackedIQ4_XS : Levels<SharedNibbles<PackedBlock<1, 8, 32, 8, 1>, 0>>, Sca
 
 // The first word holds the fifth bits: those of word i in bit i of each byte.
 template <int Halves>
-struct PackedQ5 : SharedNibbles<PackedBlock<Halves, 0, 5, 1, 1>, 1>, Unscaled, NoStart {
+struct PackedQ5 : SharedNibbles<PackedBlock<Halves, 0, 5, 1, 1>, 1>, Unscaled {
     using Nibbles = SharedNibbles<PackedBlock<Halves, 0, 5, 1, 1>, 1>;
     using Sum = UnsignedSum<31>;
-    static constexpr int kMinima = 1;
     template <int J, int I>
     static void codes(const uint8_t* words, int c, LaneInts& a, LaneInts& b) {
         const LaneInts fifth = Nibbles::word(words, 0);
@@ -142,12 +135,9 @@ struct PackedQ5 : SharedNibbles<PackedBlock<Halves, 0, 5, 1, 1>, 1>, Unscaled, N
     }
 };
 
-struct PackedQ5_0 : PackedQ5<1> {
-    template <int J>
-    static LaneFloats minimum(const uint8_t* p, int, int) { return times(-16.0f, half(p, 0)); }
-};
+struct PackedQ5_0 : PackedQ5<1>, NoMinimum<16> {};
 
-struct PackedQ5_1 : PackedQ5<2> {
+struct PackedQ5_1 : PackedQ5<2>, Minima<1> {
     template <int J>
     static LaneFloats minimum(const uint8_t* p, int, int) { return half(p, 1); }
 };
@@ -162,9 +152,8 @@ struct WordByWord : Neighbours {
     }
 };
 
-struct PackedQ2_K : PackedBlock<2, 16, 16, 2, 4>, WordByWord<PackedQ2_K>, Scaled<16>, NoStart {
+struct PackedQ2_K : PackedBlock<2, 16, 16, 2, 4>, WordByWord<PackedQ2_K>, Scaled<16>, Minima<2> {
     using Sum = UnsignedSum<3>;
-    static constexpr int kMinima = 2;
     template <int J>
     static LaneInts code(const uint8_t* words, int c, int w) {
         return bits_of<2, 2 * J, 0>(word(words, 8 * c + w));
@@ -179,9 +168,8 @@ struct PackedQ2_K : PackedBlock<2, 16, 16, 2, 4>, WordByWord<PackedQ2_K>, Scaled
     }
 };
 
-struct PackedQ3_K : PackedBlock<1, 16, 24, 2, 4>, WordByWord<PackedQ3_K>, Scaled<16>, NoStart {
+struct PackedQ3_K : PackedBlock<1, 16, 24, 2, 4>, WordByWord<PackedQ3_K>, Scaled<16>, NoMinimum<4> {
     using Sum = UnsignedSum<7>;
-    static constexpr int kMinima = 2;
     template <int J>
     static LaneInts code(const uint8_t* words, int c, int w) {
         const LaneInts low = word(words, 8 + 8 * c + w), third = shift_right(word(words, w), 4 * c);
@@ -189,17 +177,12 @@ struct PackedQ3_K : PackedBlock<1, 16, 24, 2, 4>, WordByWord<PackedQ3_K>, Scaled
     }
     template <int J>
     static LaneInts scale(const uint8_t* p, int c, int group) { return byte(p, 8 * c + 2 * J + group); }
-    template <int J>
-    static LaneFloats minimum(const uint8_t* p, int c, int i) {
-        return multiply(to_floats(scale<J>(p, c, i)), times(-4.0f, half(p, 0)));
-    }
 };
 
 // Scales and minima of Q4_K and Q5_K
 template <int Words>
-struct SixBitMinima : PackedBlock<2, 16, Words, 4, 2>, Scaled<32>, NoStart {
+struct SixBitMinima : PackedBlock<2, 16, Words, 4, 2>, Scaled<32>, Minima<1> {
     using Block = PackedBlock<2, 16, Words, 4, 2>;
-    static constexpr int kMinima = 1;
     template <int J>
     static LaneInts scale(const uint8_t* p, int c, int) { return Block::byte(p, 2 * c + J); }
     template <int J>
@@ -225,9 +208,8 @@ struct PackedQ5_K : SixBitMinima<40>, WordByWord<PackedQ5_K> {
     }
 };
 
-struct PackedQ6_K : PackedBlock<1, 16, 48, 2, 4>, WordByWord<PackedQ6_K>, Scaled<16>, NoStart {
+struct PackedQ6_K : PackedBlock<1, 16, 48, 2, 4>, WordByWord<PackedQ6_K>, Scaled<16>, NoMinimum<32> {
     using Sum = UnsignedSum<63>;
-    static constexpr int kMinima = 2;
     template <int J>
     static LaneInts code(const uint8_t* words, int c, int w) {
         const LaneInts low = word(words, 16 * c + J % 2 * 8 + w), high = word(words, 32 + 8 * c + w);
@@ -235,10 +217,6 @@ struct PackedQ6_K : PackedBlock<1, 16, 48, 2, 4>, WordByWord<PackedQ6_K>, Scaled
     }
     template <int J>
     static LaneInts scale(const uint8_t* p, int c, int group) { return byte(p, 8 * c + 2 * J + group); }
-    template <int J>
-    static LaneFloats minimum(const uint8_t* p, int c, int i) {
-        return multiply(to_floats(scale<J>(p, c, i)), times(-32.0f, half(p, 0)));
-    }
 };
 
 }  // namespace

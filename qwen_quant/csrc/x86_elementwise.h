@@ -46,9 +46,14 @@ void quantize_row(const float* x, int64_t k, uint8_t* out) {
         const __m256 inverse = _mm256_set1_ps(largest > 1e-30f ? 127.0f / largest : 0.0f);
         __m256i q[4];
         for (int i = 0; i < 4; ++i) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
-        const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+        const __m256i low = _mm256_packs_epi32(q[0], q[1]), high = _mm256_packs_epi32(q[2], q[3]);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + b * kBlock),
-                            _mm256_permutevar8x32_epi32(packed, order));
+                            _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order));
+#ifndef __AVX512VNNI__
+        __m256i* wide = reinterpret_cast<__m256i*>(out + q8_row(k).wide + 2 * b * kBlock);
+        _mm256_storeu_si256(wide, _mm256_permute4x64_epi64(low, 0xd8));
+        _mm256_storeu_si256(wide + 1, _mm256_permute4x64_epi64(high, 0xd8));
+#endif
         // Both halves of the block at once: their fours, their pairs, and in the lowest two lanes the two sums.
         const __m256i fours = _mm256_hadd_epi32(_mm256_add_epi32(q[0], q[1]), _mm256_add_epi32(q[2], q[3]));
         __m128i s = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
@@ -57,10 +62,6 @@ void quantize_row(const float* x, int64_t k, uint8_t* out) {
         scales[b] = largest <= 3.4e38f ? largest / 127.0f : NAN;
     }
     complete_q8_row(k, out);
-#ifndef __AVX512VNNI__
-    int16_t* wide = reinterpret_cast<int16_t*>(out + q8_row(k).wide);
-    for (int64_t i = 0; i < k; ++i) wide[i] = static_cast<int8_t>(out[i]);
-#endif
 }
 
 float rms_norm(const float* x, const float* weight, int64_t n, float eps, float* out) {

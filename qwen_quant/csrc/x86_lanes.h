@@ -15,7 +15,7 @@ inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const cha
 
 constexpr int64_t kLanes = 16;
 // 12 sums of integers, 12 of floats, and what feeds them
-constexpr int kGroups = 2, kPackedTokens = 6, kTokensOfHalves = 6, kGroupsAlone = 2;
+constexpr int kGroups = 2, kPackedTokens = 6, kGroupsAlone = 2;
 using LaneFloats = __m512;
 using LaneInts = __m512i;
 
@@ -53,7 +53,7 @@ inline LaneInts mask_bytes(LaneInts x, int mask) {
 inline LaneInts either(LaneInts a, LaneInts b) { return _mm512_or_si512(a, b); }
 
 // The instruction wants one side unsigned: signed codes are kept with 128 added, which a start takes off again.
-constexpr bool kSignedCodesFlipped = true, kStartsInPairs = false;
+constexpr bool kSignedCodesFlipped = true, kSumsInShorts = false;
 inline LaneInts iq4_levels(LaneInts codes) {
     const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kIq4Levels));
     const __m128i flipped = _mm_xor_si128(levels, _mm_set1_epi8(-128));
@@ -69,13 +69,15 @@ template <int Largest>
 struct UnsignedSum {
     static constexpr int kFit = kBlock / 4;  // additions between two folds
     using InPanel = UnsignedSum;
+    using InPanelOfHalves = UnsignedSum;
     static constexpr int kParts = 1;
     static void split(LaneInts codes, LaneInts (&parts)[1]) { parts[0] = codes; }
     static LaneInts load(const uint8_t* x, const Q8Row&, int64_t i) { return four_of_x(x + i); }
     LaneInts dot;
     LaneFloats sum;
+    QQ_INLINE void restart(int32_t start) { dot = _mm512_set1_epi32(start); }
     QQ_INLINE void begin(int32_t start) {
-        dot = _mm512_set1_epi32(start);
+        restart(start);
         sum = lanes_of(0.0f);
     }
     QQ_INLINE void add(LaneInts codes, LaneInts x) { dot = _mm512_dpbusd_epi32(dot, codes, x); }
@@ -93,7 +95,7 @@ using SignedSum = UnsignedSum<255>;
 
 constexpr int64_t kLanes = 8;
 // 8 sums of integers and what feeds them; the floats wait in memory.
-constexpr int kGroups = 2, kPackedTokens = 4, kTokensOfHalves = 2, kGroupsAlone = 1;
+constexpr int kGroups = 2, kPackedTokens = 4, kGroupsAlone = 1;
 using LaneFloats = __m256;
 using LaneInts = __m256i;
 
@@ -122,7 +124,7 @@ inline LaneInts mask_bytes(LaneInts x, int mask) {
 }
 inline LaneInts either(LaneInts a, LaneInts b) { return _mm256_or_si256(a, b); }
 
-constexpr bool kSignedCodesFlipped = false, kStartsInPairs = true;
+constexpr bool kSignedCodesFlipped = false, kSumsInShorts = true;
 inline LaneInts iq4_levels(LaneInts codes) {
     const __m128i levels = _mm_loadu_si128(reinterpret_cast<const __m128i*>(kIq4Levels));
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(levels), codes);
@@ -144,13 +146,23 @@ inline LaneInts in_this_order(LaneInts sum) {
 }
 inline LaneInts add_shorts(LaneInts a, LaneInts b) { return in_this_order(_mm256_add_epi16(a, b)); }
 
-// The sum over groups of scale times the products of codes with x. Sums of two products wait in 16 bits until they
-// are folded into `sum`. They begin with what takes an offset off: on the way they may wrap, at the end they fit.
+// start + the sum over groups of scale times the products of codes with x. Sums of two products wait in 16 bits until
+// they are folded into `sum`.
 struct LaneSum {
     LaneInts pairs, sum;
+    // Offset times the scales of two groups of 16, side by side as the sums of their x are
+    template <int Offset>
+    static LaneInts scaled_offset(LaneInts first, LaneInts second) {
+        const LaneInts both = _mm256_blend_epi16(first, _mm256_slli_epi32(second, 16), 0xaa);
+        return _mm256_mullo_epi16(both, _mm256_set1_epi16(Offset));
+    }
     QQ_INLINE void begin(int32_t start) {
-        pairs = _mm256_set1_epi32(start);
-        sum = _mm256_setzero_si256();
+        pairs = _mm256_setzero_si256();
+        sum = _mm256_set1_epi32(start);
+    }
+    QQ_INLINE void begin(LaneInts offset, LaneInts minus_halves) {
+        pairs = _mm256_setzero_si256();
+        sum = in_this_order(_mm256_madd_epi16(offset, minus_halves));
     }
     template <class Scale>
     QQ_INLINE void fold(Scale scale) {
@@ -160,11 +172,33 @@ struct LaneSum {
     QQ_INLINE LaneFloats total() const { return to_floats(sum); }
 };
 
+// The same in a panel, where each group has 16 codes: two words are folded at once, so that only one sum for each token
+// and group of rows stays in a register.
+template <int Largest>
+struct TwoWordSum {
+    static_assert(2 * 2 * 127 * Largest <= 32767, "two words have to fit into 16 bits");
+    static constexpr int kParts = 1;
+    LaneInts sum;
+    static void split(LaneInts codes, LaneInts (&parts)[1]) { parts[0] = codes; }
+    QQ_INLINE void begin() { sum = _mm256_setzero_si256(); }
+    QQ_INLINE void begin(LaneInts offset, LaneInts minus_halves) {
+        sum = in_this_order(_mm256_madd_epi16(offset, minus_halves));
+    }
+    QQ_INLINE void add(LaneInts codes0, LaneInts x0, LaneInts codes1, LaneInts x1, LaneScales scale) {
+        const LaneInts pairs = _mm256_add_epi16(_mm256_maddubs_epi16(codes0, x0), _mm256_maddubs_epi16(codes1, x1));
+        sum = in_this_order(_mm256_add_epi32(sum, add_pairs(pairs, scale)));
+    }
+    QQ_INLINE LaneFloats total() const { return to_floats(sum); }
+};
+template <int Largest>
+constexpr bool kTwoWords<TwoWordSum<Largest>> = true;
+
 // Codes from 0 to Largest; |x| <= 127
 template <int Largest>
 struct UnsignedSum : LaneSum {
     static constexpr int kFit = 32767 / (2 * 127 * Largest);
     using InPanel = UnsignedSum;
+    using InPanelOfHalves = TwoWordSum<Largest>;
     static constexpr int kParts = 1;
     static void split(LaneInts codes, LaneInts (&parts)[1]) { parts[0] = codes; }
     static LaneInts load(const uint8_t* x, const Q8Row&, int64_t i) { return four_of_x(x + i); }
@@ -202,6 +236,7 @@ struct WideSum {
 struct SignedSum : LaneSum {
     static constexpr int kFit = 1;
     using InPanel = WideSum;
+    using InPanelOfHalves = WideSum;
     QQ_INLINE void add(LaneInts codes, LaneInts x) {
         pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
     }

@@ -177,6 +177,40 @@ def test_matmul_with_the_largest_codes(tensor_type: str, isa: str, packed: bool)
                 ).all()
 
 
+# Where a block holds the scales of its groups.
+SCALES = {
+    "Q2_K": slice(0, 16), "Q3_K": slice(96, 108), "Q4_K": slice(4, 16), "Q5_K": slice(4, 16),
+    "Q6_K": slice(192, 208), "IQ4_XS": slice(2, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("isa", "tensor_type"), [(isa, t) for isa, t in PACKED if t in SCALES])
+def test_matmul_with_the_largest_codes_and_scales(tensor_type: str, isa: str) -> None:
+    """Codes, scales and activations at their ends, in every combination: nothing may saturate on the way."""
+    scale = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+    ends = [0x80, 0x7F, 0xFF, 0x00]
+    x = np.ones((6, 256), np.float32)
+    for t, run in enumerate((1, 2, 8, 16, 32)):  # neighbours of one sign
+        x[t + 1] = np.where(np.arange(256) // run % 2 == 0, 1.0, -1.0)
+    x = np.concatenate([x, -x])
+    for code in ends:
+        stored = np.full((len(ends) ** 2, any_bytes(tensor_type, 1, 0).shape[1]), code, np.uint8)
+        stored[:, SCALES[tensor_type]] = np.repeat(ends, len(ends))[:, None]
+        stored[:, SCALES[tensor_type]][:, 1::2] = np.tile(ends, len(ends))[:, None]
+        for at in HALVES[tensor_type]:
+            stored[:, at : at + 2] = scale
+        decoded = decoded_by_gguf(tensor_type, stored).astype(np.float64)
+        bound = 3e-6 * np.abs(decoded).sum(axis=1) + 1e-3
+        y = _core.matmul(tensor_type, stored.reshape(-1), len(stored), x, isa, packed=True)
+        assert (np.abs(y - x.astype(np.float64) @ decoded.T) <= bound).all()
+        assert (
+            np.abs(y - _core.matmul(tensor_type, stored.reshape(-1), len(stored), x, "scalar")) <= bound
+        ).all()
+        for t in range(len(x)):
+            alone = _core.matmul(tensor_type, stored.reshape(-1), len(stored), x[t : t + 1], isa, packed=True)
+            np.testing.assert_array_equal(alone[0], y[t])
+
+
 @each_isa
 @pytest.mark.parametrize("k", [5, 8, 19])
 @pytest.mark.parametrize("tensor_type", FLOATS)
