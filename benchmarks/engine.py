@@ -240,6 +240,8 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.depths = sorted(int(depth) for depth in options.depths.split(","))
+    if options.n_prompt < 1 or options.n_gen < 1:
+        parser.error("-p and -n: both are measured, give at least 1")
     return options
 
 
