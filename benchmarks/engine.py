@@ -133,9 +133,8 @@ def llama(name: str, bench: list[str], file: Path, options: argparse.Namespace) 
     known = subprocess.run([bench[0], "--help"], capture_output=True, text=True).stdout
 
     def size(depth: int) -> list[str]:
-        if (
-            depth and "--n-depth" not in known
-        ):  # ik_llama.cpp generates after a prompt, but takes no prompt after another
+        # ik_llama.cpp generates after a prompt, but takes no prompt after another.
+        if depth and "--n-depth" not in known:
             return ["-p", "0", "-n", "0", "-gp", f"{depth},{options.n_gen}"]
         return ["-p", str(options.n_prompt), "-n", str(options.n_gen), *(["-d", str(depth)] if depth else [])]
 

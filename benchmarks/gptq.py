@@ -31,7 +31,8 @@ import numpy as np
 from peers import ENVIRONMENT, SCRIPTS, peer_command, peer_of, sampled_windows
 
 OURS = "qwen-quant"
-SAME_WORK = "qwen-quant --no-correct-targets"
+PLAIN = "--no-correct-targets"
+SAME_WORK = f"{OURS} {PLAIN}"
 
 
 def timed(command: list[str], folder: str) -> tuple[float, float]:
@@ -71,7 +72,7 @@ def main() -> None:
         size = ["--num-samples", str(options.samples), "--seq-len", str(options.seq_len)]
         ours = [sys.executable, "-m", "qwen_quant.cli", "gptq", str(options.checkpoint), *size, "--json"]
         commands = {OURS: [*ours, "-o", str(output)]}
-        commands[SAME_WORK] = [*commands[OURS], "--no-correct-targets"]
+        commands[SAME_WORK] = [*commands[OURS], PLAIN]
         for name, python in options.peer:
             commands[name] = peer_command(
                 name, python, options.checkpoint, windows, output, options.peer_dtype
@@ -97,11 +98,11 @@ def report(options: argparse.Namespace, results: dict[str, list[list[float]]]) -
         )
         for name, runs in results.items()
     }
-    ours, peers = ([name for name in median if (name in (OURS, SAME_WORK)) == own] for own in (True, False))
     ratios = {
-        f"{mine} / {peer}": {key: median[mine][key] / value for key, value in median[peer].items()}
-        for mine in ours
-        for peer in peers
+        f"{mine} / {peer}": {key: median[mine][key] / value for key, value in found.items()}
+        for mine in (OURS, SAME_WORK)
+        for peer, found in median.items()
+        if mine in median and peer not in (OURS, SAME_WORK)
     }
     return {"checkpoint": str(options.checkpoint), "median": median, "ours/peer": ratios, "runs": results}
 

@@ -111,11 +111,16 @@ class Descent:
     def _columns(self, block: slice) -> Scales:
         """The scales of each column of a block, [E, M, N]."""
         groups = self._groups(block)
-        if groups.stop - groups.start == 1:  # nothing to copy
+        return self._spread(Scales(self.scale[:, groups], self.offset[:, groups]), block)
+
+    def _spread(self, scales: Scales, block: slice) -> Scales:
+        """Those of the groups of a block [E, G, N] for each of its columns, [E, M, N]."""
+        if scales.scale.shape[1] == 1:  # nothing to copy
             shape = (-1, block.stop - block.start, -1)
-            return Scales(self.scale[:, groups].expand(shape), self.offset[:, groups].expand(shape))
-        index = torch.arange(block.start, block.stop, device=self.scale.device) // self._size
-        return Scales(self.scale.index_select(1, index), self.offset.index_select(1, index))
+            return Scales(scales.scale.expand(shape), scales.offset.expand(shape))
+        columns = torch.arange(block.start, block.stop, device=self.scale.device)
+        index = columns // self._size - block.start // self._size
+        return Scales(scales.scale.index_select(1, index), scales.offset.index_select(1, index))
 
     def _values(self, block: slice) -> Tensor:
         columns = self._columns(block)
@@ -129,14 +134,11 @@ class Descent:
         old = Scales(self.scale[:, groups], self.offset[:, groups])
         found = self.grid.refit(self._sums(codes, columns, values, here, pull), _by_row(old))
         new = _by_column(found, old)
-        scale, offset = new.scale, new.offset
-        if scale.shape[1] > 1:
-            scale, offset = (x.repeat_interleave(self._size, 1) for x in (scale, offset))
-        moved = values.sub_(self.grid.value(codes, scale, offset))
+        columns = self._spread(new, block)
+        moved = values.sub_(self.grid.value(codes, columns.scale, columns.offset))
         pulled = here @ moved
-        loss = (moved * torch.add(pulled, pull, alpha=2)).sum(
-            1, keepdim=True
-        )  # [E, 1, N]: by how much it rises
+        change = moved * torch.add(pulled, pull, alpha=2)
+        loss = change.sum(1, keepdim=True)  # [E, 1, N]: by how much it rises
         better = loss < 0
         self.scale[:, groups] = torch.where(better, new.scale, old.scale)
         self.offset[:, groups] = torch.where(better, new.offset, old.offset)
